@@ -1,0 +1,1 @@
+"""What producers and workers agree on: settings, keys, messages, tiers, scripts, providers."""

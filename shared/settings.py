@@ -1,0 +1,153 @@
+"""Settings: `MILLPOND_*` environment variables, `.env`, then `millpond.toml`; the first that names a value wins.
+
+A wrong value is refused at start with the setting's name. Secrets are never printed. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from shared.errors import ConfigError
+from shared.profiles import BUILT_IN, Profile
+
+
+def default_data_dir() -> Path:
+    """Return where the embedded servers keep their data: `$XDG_DATA_HOME/millpond`."""
+    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "millpond"
+
+
+class Settings(BaseSettings):
+    """Everything configurable. `Settings()` raises pydantic errors; use `load()` for readable ones."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MILLPOND_",
+        env_file=".env",
+        env_nested_delimiter="__",
+        toml_file="millpond.toml",
+        extra="forbid",
+        frozen=True,
+    )
+
+    # servers
+    redis_url: SecretStr | None = Field(None, description="redis://, rediss:// or unix://; unset: embedded")
+    data_dir: Path = Field(default_factory=default_data_dir, description="data of the embedded servers")
+    partitions: int | None = Field(None, ge=1, le=1024, description="fixed at first start; unset: as recorded, or 1")
+
+    # what is cached
+    cache_enabled: bool = Field(True, description="false turns every request into a bypass")
+    profiles: dict[str, Profile] = Field(default_factory=dict, description="own profiles, or overrides")
+    model: str = Field("gpt-4o-mini", min_length=1, description="for requests that name none")
+    model_versions: dict[str, str] = Field(default_factory=dict, description="declared version per model")
+    max_input_bytes: int = Field(1 << 20, ge=256, description="longest accepted request body")
+    compress_above: int = Field(256, ge=0, description="answers longer than this many bytes are compressed")
+    l1_entries: int = Field(1000, ge=0)
+    l1_bytes: int = Field(64 << 20, ge=0)
+
+    # queues
+    request_limit: int = Field(100_000, ge=1, description="requests waiting per partition before Overloaded")
+    fill_limit: int = Field(100_000, ge=1, description="fills waiting per partition before Overloaded")
+    reply_limit: int = Field(10_000, ge=1, description="unread replies kept per client")
+    invalidation_limit: int = Field(10_000, ge=100, description="length of the invalidation log")
+    dead_limit: int = Field(10_000, ge=1, description="dead letters kept per partition")
+
+    # leases and deadlines
+    timeout: float = Field(60.0, gt=0, le=3600, description="deadline of a request that names none")
+    lookup_lease: float = Field(5.0, ge=0.2, description="a lookup worker silent for longer loses its messages")
+    llm_lease: float = Field(10.0, ge=0.2, description="an LLM worker silent for longer loses its fills")
+    max_deliveries: int = Field(5, ge=1, description="deliveries of one message before it is dead-lettered")
+    channel_ttl: float = Field(60.0, ge=1, description="a reply channel outlives its silent client by this")
+
+    # the LLM pool
+    provider: Literal["auto", "openai", "simulated"] = "auto"
+    openai_api_key: SecretStr | None = Field(None, description="MILLPOND_OPENAI_API_KEY, else OPENAI_API_KEY")
+    openai_base_url: str | None = None
+    concurrency: int = Field(64, ge=1, le=4096, description="provider calls at once per LLM worker")
+    attempts: int = Field(4, ge=1, le=20, description="provider attempts per flight, retryable errors only")
+    attempt_timeout: float = Field(60.0, gt=0)
+    total_timeout: float = Field(120.0, gt=0)
+    backoff_initial: float = Field(0.25, ge=0)
+    backoff_max: float = Field(20.0, gt=0)
+    requests_per_minute: int | None = Field(None, ge=1, description="shared by the whole pool")
+    tokens_per_minute: int | None = Field(None, ge=1, description="shared by the whole pool")
+
+    # the simulated provider
+    simulated_first_token: float = Field(0.6, ge=0, description="seconds before the first token")
+    simulated_tokens_per_second: float = Field(80.0, gt=0)
+    simulated_failure_rate: float = Field(0.0, ge=0, le=1)
+    simulated_tokens: int = Field(120, ge=1, description="length of an answer when max_tokens does not cut it")
+    simulated_journal: Path | None = Field(None, description="file to which every simulated call appends a line")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_scheme(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @model_validator(mode="after")
+    def _timeouts_in_order(self) -> Settings:
+        if self.attempt_timeout > self.total_timeout:
+            raise ValueError("attempt_timeout must not exceed total_timeout")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Rank the sources: arguments, environment, `.env`, `millpond.toml`."""
+        return init_settings, env_settings, dotenv_settings, TomlConfigSettingsSource(settings_cls)
+
+    @property
+    def all_profiles(self) -> dict[str, Profile]:
+        """The built-in profiles, overridden and extended by the deployment's own."""
+        return BUILT_IN | self.profiles
+
+    @property
+    def api_key(self) -> str | None:
+        """The OpenAI key: `MILLPOND_OPENAI_API_KEY`, else the SDK's own `OPENAI_API_KEY`."""
+        if self.openai_api_key is not None:
+            return self.openai_api_key.get_secret_value()
+        return os.environ.get("OPENAI_API_KEY") or None
+
+    @property
+    def provider_name(self) -> str:
+        """The provider in force: `auto` is `openai` with a key or a base URL, else `simulated`."""
+        if self.provider != "auto":
+            return self.provider
+        return "openai" if self.api_key or self.openai_base_url else "simulated"
+
+
+def load(**overrides: Any) -> Settings:
+    """Return the settings in force.
+
+    Raises:
+        ConfigError: a value is wrong; the message names each setting, where to set it and what is wrong.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_input=False, include_url=False):
+            name = ".".join(str(part) for part in problem["loc"]) or "settings"
+            lines.append(f"{name} (MILLPOND_{name.upper().replace('.', '__')}): {problem['msg']}")
+        field = ".".join(str(part) for part in error.errors()[0]["loc"]) or None
+        raise ConfigError("wrong settings: " + "; ".join(lines), field=field) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"millpond.toml is not valid TOML: {error}", field="millpond.toml") from None
