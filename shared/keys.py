@@ -12,6 +12,9 @@ DEPLOYMENT = "mp:deployment"
 STATS = "mp:stats"
 """Hash: counters of all workers since birth. No TTL."""
 
+LIMIT_PREFIX = "mp:limit"
+"""Prefix of the pool's rate limit windows (strings, TTL of two windows); the `limits` library names the rest."""
+
 LOOKUP_GROUP = "lookup"
 LLM_GROUP = "llm"
 

@@ -13,8 +13,10 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    DotEnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -28,6 +30,20 @@ def default_data_dir() -> Path:
     return Path(base) / "millpond"
 
 
+class _SharedDotEnv(DotEnvSettingsSource):
+    """A `.env` that other programs read too: their variables are theirs, a misspelt `MILLPOND_*` is refused."""
+
+    def __call__(self) -> dict[str, Any]:
+        prefix = str(self.config.get("env_prefix", "")).lower()
+        fields = self.settings_cls.model_fields
+        found = super().__call__()
+        own = {name: value for name, value in found.items() if name in fields or name.startswith(prefix)}
+        sdk_key = self.env_vars.get("openai_api_key")  # the openai SDK's own variable, written here
+        if sdk_key and not os.environ.get("OPENAI_API_KEY"):
+            own.setdefault("openai_api_key", sdk_key)
+        return own
+
+
 class Settings(BaseSettings):
     """Everything configurable. `Settings()` raises pydantic errors; use `load()` for readable ones."""
 
@@ -35,6 +51,7 @@ class Settings(BaseSettings):
         env_prefix="MILLPOND_",
         env_file=".env",
         env_nested_delimiter="__",
+        env_ignore_empty=True,
         toml_file="millpond.toml",
         extra="forbid",
         frozen=True,
@@ -66,6 +83,7 @@ class Settings(BaseSettings):
     timeout: float = Field(60.0, gt=0, le=3600, description="deadline of a request that names none")
     lookup_lease: float = Field(5.0, ge=0.2, description="a lookup worker silent for longer loses its messages")
     llm_lease: float = Field(10.0, ge=0.2, description="an LLM worker silent for longer loses its fills")
+    drain_timeout: float = Field(10.0, ge=0, description="a stopped LLM worker finishes calls for this long")
     max_deliveries: int = Field(5, ge=1, description="deliveries of one message before it is dead-lettered")
     channel_ttl: float = Field(60.0, ge=1, description="a reply channel outlives its silent client by this")
 
@@ -86,6 +104,7 @@ class Settings(BaseSettings):
     simulated_first_token: float = Field(0.6, ge=0, description="seconds before the first token")
     simulated_tokens_per_second: float = Field(80.0, gt=0)
     simulated_failure_rate: float = Field(0.0, ge=0, le=1)
+    simulated_seed: int = Field(0, description="which calls fail: the same ones for the same seed, in each process")
     simulated_tokens: int = Field(120, ge=1, description="length of an answer when max_tokens does not cut it")
     simulated_journal: Path | None = Field(None, description="file to which every simulated call appends a line")
 
@@ -112,7 +131,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Rank the sources: arguments, environment, `.env`, `millpond.toml`."""
-        return init_settings, env_settings, dotenv_settings, TomlConfigSettingsSource(settings_cls)
+        sources = [init_settings, env_settings]
+        if isinstance(dotenv_settings, DotEnvSettingsSource) and dotenv_settings.env_file is not None:
+            sources.append(_SharedDotEnv(settings_cls, env_file=dotenv_settings.env_file))
+        return (*sources, TomlConfigSettingsSource(settings_cls))
 
     @property
     def all_profiles(self) -> dict[str, Profile]:
@@ -145,9 +167,16 @@ def load(**overrides: Any) -> Settings:
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_input=False, include_url=False):
-            name = ".".join(str(part) for part in problem["loc"]) or "settings"
-            lines.append(f"{name} (MILLPOND_{name.upper().replace('.', '__')}): {problem['msg']}")
+            name = ".".join(str(part) for part in problem["loc"]).removeprefix("millpond_")
+            variable = f"MILLPOND_{name.upper().replace('.', '__')}"
+            unknown = problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+            what = "no such setting; remove it or correct its name" if unknown else problem["msg"]
+            lines.append(f"{name} ({variable}): {what}" if name else what.removeprefix("Value error, "))
         field = ".".join(str(part) for part in error.errors()[0]["loc"]) or None
         raise ConfigError("wrong settings: " + "; ".join(lines), field=field) from None
+    except SettingsError as error:  # a list or table that is not JSON; the message names it, never its value
+        field = next((name for name in Settings.model_fields if f'"{name}"' in str(error)), None)
+        variable = f"MILLPOND_{(field or '').upper()}"
+        raise ConfigError(f"wrong settings: {field} ({variable}): must be JSON", field=field) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"millpond.toml is not valid TOML: {error}", field="millpond.toml") from None

@@ -1,0 +1,136 @@
+"""Millpond, an LLM response cache on Redis Streams: however many ask the same thing, one LLM call answers them all.
+
+    from millpond import Client
+
+    async with Client() as client:
+        reply = await client.ask("What is a millpond?")
+        print(reply.text, reply.tier)
+
+This module is the front door: the names an application imports, and the `millpond` command.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version_of
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from producers.blocking import BlockingClient
+    from producers.client import Client
+    from producers.reply import Reply
+    from shared.errors import (
+        ConfigError,
+        ContentFiltered,
+        DeadlineExceeded,
+        InvalidRequest,
+        MillpondError,
+        NotCached,
+        Overloaded,
+        Poisoned,
+        ProviderError,
+        ProviderTimeout,
+        ProviderUnreachable,
+        RateLimited,
+        Unavailable,
+    )
+    from shared.settings import Settings
+
+__all__ = [
+    "BlockingClient",
+    "Client",
+    "ConfigError",
+    "ContentFiltered",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "MillpondError",
+    "NotCached",
+    "Overloaded",
+    "Poisoned",
+    "ProviderError",
+    "ProviderTimeout",
+    "ProviderUnreachable",
+    "RateLimited",
+    "Reply",
+    "Settings",
+    "Unavailable",
+]
+
+#: Where a name lives; what is not listed is an error. Loaded at first use, so that each command loads only its own.
+_HOMES = {
+    "BlockingClient": "producers.blocking",
+    "Client": "producers.client",
+    "Reply": "producers.reply",
+    "Settings": "shared.settings",
+}
+
+#: command -> the module and the attribute that implement it: a function, or a group of commands
+_COMMANDS = {
+    "up": ("workers.commands", "up"),
+    "worker": ("workers.commands", "worker"),
+    "ask": ("producers.commands", "ask"),
+    "replay": ("producers.replay_command", "replay"),
+    "demo": ("producers.replay_command", "demo"),
+    "invalidate": ("producers.commands", "invalidate"),
+    "stats": ("workers.commands", "stats"),
+    "dead": ("workers.commands", "dead"),
+    "bench": ("producers.bench.command", "bench"),
+    "doctor": ("workers.commands", "diagnose"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, "shared.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__, "__version__"]
+
+
+def _version() -> str:
+    try:
+        return _version_of("millpond")
+    except PackageNotFoundError:
+        return "0 (not installed)"
+
+
+def main() -> None:
+    """Run the `millpond` command."""
+    try:
+        import typer
+    except ImportError:
+        sys.exit("millpond: the command needs more than the client: pip install 'millpond[workers,embedded]'")
+    app = typer.Typer(
+        name="millpond",
+        help="An LLM response cache on Redis Streams: one LLM call answers everyone who asks the same.",
+        no_args_is_help=True,
+        pretty_exceptions_show_locals=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def front(version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True)) -> None:
+        if version:
+            typer.echo(f"millpond {_version()}")
+            raise typer.Exit
+
+    # A command loads its own module only; anything else (help, a slip of the pen) needs all their names.
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name in [asked] if asked in _COMMANDS else _COMMANDS:
+        module, attribute = _COMMANDS[name]
+        command = getattr(import_module(module), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    app()
+
+
+if __name__ == "__main__":
+    main()

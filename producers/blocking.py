@@ -1,0 +1,76 @@
+"""The same client for code without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping
+from typing import Any, Self, TypeVar
+
+from producers.client import Client
+from producers.reply import Reply
+from shared.profiles import DEFAULT_PROFILE
+from shared.settings import Settings
+
+T = TypeVar("T")
+
+
+class BlockingClient:
+    """`Client`, synchronous: its loop runs in a thread of its own. Safe to share between threads.
+
+    with BlockingClient() as pond:
+        print(pond.ask("What is a millpond?").text)
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        tenant: str = "default",
+        profile: str = DEFAULT_PROFILE,
+    ) -> None:
+        self._client = Client(url, settings=settings, tenant=tenant, profile=profile)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="millpond", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        try:
+            self._run(self._client.connect())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def ask(self, prompt: str | None = None, **options: Any) -> Reply:
+        """As `Client.ask`."""
+        return self._run(self._client.ask(prompt, **options))
+
+    def ask_body(self, body: Mapping[str, Any] | bytes, **directives: Any) -> Reply:
+        """As `Client.ask_body`."""
+        return self._run(self._client.ask_body(body, **directives))
+
+    def invalidate(self, **what: Any) -> dict[int, str]:
+        """As `Client.invalidate`."""
+        return self._run(self._client.invalidate(**what))
+
+    def close(self) -> None:
+        """As `Client.close`; safe to call twice."""
+        if self._loop.is_closed():
+            return
+        self._run(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,96 @@
+"""The reply channel: one stream and one reader per client, whatever the number of requests waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+
+from shared import keys
+from shared.link import LINK_ERRORS, Link
+
+log = logging.getLogger("millpond.client")
+
+_BLOCK_MS = 1000
+_COUNT = 1000
+
+
+class ReplyChannel:
+    """Reads `mp:reply:C` and hands every (request id, payload) to `deliver`.
+
+    It keeps its place across reconnections. When the channel itself is gone (the server was flushed, or this process
+    slept past its TTL) it is made anew and `renewed` is called: what is still waiting must be asked again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client: str,
+        *,
+        ttl: float,
+        deliver: Callable[[str, bytes], None],
+        renewed: Callable[[], None],
+    ) -> None:
+        self._name = keys.reply(client)
+        self._ttl_ms = int(ttl * 1000)
+        self._deliver = deliver
+        self._renewed = renewed
+        self._link = Link(url, name="millpond-client-read")
+        self._last = b"0-0"
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Create the channel and begin to read; raises one of `LINK_ERRORS`."""
+        await self._create()
+        self._task = asyncio.create_task(self._read_forever())
+
+    async def close(self) -> None:
+        """Stop reading and delete the channel."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._link.close()
+
+    async def _create(self) -> None:
+        added, _ = await self._link.send(
+            [("XADD", self._name, "*", "", ""), ("PEXPIRE", self._name, self._ttl_ms)],
+        )
+        self._last = added
+
+    async def _read_forever(self) -> None:
+        pause = 0.02
+        while True:
+            try:
+                await self._read_once()
+                pause = 0.02
+            except LINK_ERRORS as error:
+                log.debug("reply channel: %s; trying again", error)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                pause = min(pause * 2, 1.0)
+
+    async def _read_once(self) -> None:
+        # What was read is trimmed, and the channel's life renewed, in the pipeline that waits for more.
+        alive, _, read = await self._link.send(
+            [
+                ("PEXPIRE", self._name, self._ttl_ms),
+                ("XTRIM", self._name, "MINID", self._last),
+                ("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", self._name, self._last),
+            ]
+        )
+        if not alive:
+            await self._create()
+            self._renewed()
+        elif read:
+            deliver = self._deliver
+            for entry_id, fields in read[0][1]:
+                self._last = entry_id
+                for ids, payload in zip(fields[::2], fields[1::2], strict=True):
+                    for request_id in ids.decode().split(" "):
+                        deliver(request_id, payload)
+
+    async def delete(self, link: Link) -> None:
+        """Delete the channel through another link; a dead server is no obstacle to leaving."""
+        with contextlib.suppress(*LINK_ERRORS):
+            await link.call(("DEL", self._name))

@@ -1,0 +1,282 @@
+"""The wire: what a request says, how it is understood, what a fill and a reply look like.
+
+`understand` is the only reader of requests. It is a pure function of its bytes and the deployment's rules, so a
+worker may remember its results. docs/protocol.md describes the same for other languages.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Literal, get_args
+
+import orjson
+
+from shared.errors import InvalidRequest
+from shared.profiles import DEFAULT_PROFILE, Profile
+from shared.settings import Settings
+
+Mode = Literal["default", "refresh", "only-if-cached", "no-store", "bypass"]
+
+SCHEMA = 1
+MAX_TAGS = 32
+MAX_TTL = 366 * 86400.0
+MAX_DEADLINE = 3600.0
+_MODES = get_args(Mode)
+_RESERVED = ("key:", "profile:", "tenant:", "model:", "#")
+_LABEL = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
+_UNKEYED = frozenset({"stream", "stream_options", "user", "metadata", "model"})
+_DIRECTIVES = frozenset({"profile", "tenant", "mode", "ttl", "max_age", "tags", "scope"})
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a deployment decides about requests."""
+
+    profiles: Mapping[str, Profile]
+    model: str
+    model_versions: Mapping[str, str]
+    max_input_bytes: int
+    cache_enabled: bool
+
+    @classmethod
+    def of(cls, settings: Settings) -> Rules:
+        """Return the rules of these settings."""
+        return cls(
+            profiles=settings.all_profiles,
+            model=settings.model,
+            model_versions=settings.model_versions,
+            max_input_bytes=settings.max_input_bytes,
+            cache_enabled=settings.cache_enabled,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request understood. `tags` are all it is invalidated by, save `all` and its own `key:`."""
+
+    key: str
+    profile: str
+    tenant: str
+    model: str
+    mode: Mode
+    ttl_ms: int
+    max_age_ms: int | None
+    own_tags: tuple[str, ...]
+    tags: tuple[str, ...]
+    endpoint: str
+
+    @property
+    def reads(self) -> bool:
+        """Whether a stored entry may answer."""
+        return self.mode not in ("refresh", "bypass")
+
+    @property
+    def stores(self) -> bool:
+        """Whether the computed answer may be stored."""
+        return self.mode in ("default", "refresh")
+
+
+def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
+    """Read a request's body and cache directives (both JSON objects, UTF-8).
+
+    Raises:
+        InvalidRequest: with the offending `field`.
+    """
+    if len(body) > rules.max_input_bytes:
+        raise InvalidRequest(
+            f"body has {len(body)} bytes; the limit is {rules.max_input_bytes} (MILLPOND_MAX_INPUT_BYTES)",
+            field="body",
+        )
+    content = _json_object(body, "body")
+    directives = _json_object(cache, "cache") if cache else {}
+    for name in directives:
+        if name not in _DIRECTIVES:
+            raise InvalidRequest(
+                f"unknown cache directive {name!r}; known: {', '.join(sorted(_DIRECTIVES))}", field=name
+            )
+
+    name = directives.get("profile", DEFAULT_PROFILE)
+    profile = rules.profiles.get(name) if isinstance(name, str) else None
+    if profile is None:
+        raise InvalidRequest(f"unknown profile {name!r}; known: {', '.join(sorted(rules.profiles))}", field="profile")
+    tenant = label(directives.get("tenant", "default"), "tenant")
+    model = label(content.get("model", rules.model), "model")
+    mode = directives.get("mode", "default")
+    if mode not in _MODES:
+        raise InvalidRequest(f"unknown mode {mode!r}; known: {', '.join(_MODES)}", field="mode")
+    ttl = seconds(directives.get("ttl", profile.ttl), "ttl", least=0.001)
+    max_age = directives.get("max_age")
+    own = tags_of(directives.get("tags", ()))
+    return Question(
+        key=_key(content, name, profile, tenant, model, directives.get("scope"), rules),
+        profile=name,
+        tenant=tenant,
+        model=model,
+        mode=mode if rules.cache_enabled else "bypass",
+        ttl_ms=int(ttl * 1000),
+        max_age_ms=None if max_age is None else int(seconds(max_age, "max_age", least=0.0) * 1000),
+        own_tags=own,
+        tags=(f"profile:{name}", f"tenant:{tenant}", f"model:{model}", *own),
+        endpoint=_endpoint(content, profile),
+    )
+
+
+def label(value: object, field: str) -> str:
+    """Return `value` if it is 1 to 200 characters without white space or control characters; else raise."""
+    if not isinstance(value, str) or not _LABEL.fullmatch(value):
+        raise InvalidRequest(
+            f"{field} must be 1 to 200 characters without white space, not {_shown(value)}", field=field
+        )
+    return value
+
+
+def tags_of(value: object) -> tuple[str, ...]:
+    """Return a request's own tags, sorted and without repeats; raise on a bad or a reserved one."""
+    if not isinstance(value, list | tuple):
+        raise InvalidRequest(f"tags must be a list of strings, not {_shown(value)}", field="tags")
+    if len(value) > MAX_TAGS:
+        raise InvalidRequest(f"at most {MAX_TAGS} tags, not {len(value)}", field="tags")
+    for tag in value:
+        label(tag, "tags")
+        if tag == "all" or tag.startswith(_RESERVED):
+            raise InvalidRequest(f"the tag {tag!r} is reserved: every answer carries it by itself", field="tags")
+    return tuple(sorted(set(value)))
+
+
+def seconds(value: object, field: str, *, least: float, most: float = MAX_TTL) -> float:
+    """Return a time in seconds within its bounds; else raise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise InvalidRequest(
+            f"{field} must be a number of seconds from {least:g} to {most:g}, not {_shown(value)}",
+            field=field,
+        )
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _json_object(raw: bytes, field: str) -> dict[str, Any]:
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        problem = "not UTF-8" if "UTF-8" in str(error) or "utf-8" in str(error) else "not JSON"
+        raise InvalidRequest(f"{field} is {problem}: {error}", field=field) from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{field} must be a JSON object, not {_shown(value)}", field=field)
+    return value
+
+
+def _endpoint(content: dict[str, Any], profile: Profile) -> str:
+    if profile.endpoint == "embeddings":
+        if "input" not in content:
+            raise InvalidRequest("this profile needs `input`: a text, or a list of texts", field="input")
+        return "embeddings"
+    return "chat/completions" if "messages" in content else "responses"
+
+
+def _key(
+    content: dict[str, Any], name: str, profile: Profile, tenant: str, model: str, scope: object, rules: Rules
+) -> str:
+    question = _asked(content, profile)
+    rest = {k: v for k, v in content.items() if k not in _UNKEYED and k not in ("messages", "input")}
+    for field in profile.unordered:
+        if isinstance(rest.get(field), list):
+            rest[field] = sorted(rest[field], key=orjson.dumps)
+    for field, value in rest.items():
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            rest[field] = int(value)  # a temperature of 1 and of 1.0 are the same
+    parts = [
+        SCHEMA,
+        name,
+        tenant,
+        _scoped(content, profile, scope),
+        model,
+        rules.model_versions.get(model, ""),
+        question,
+        rest,
+    ]
+    try:
+        text = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
+    except TypeError as error:
+        raise InvalidRequest(f"body is nested too deeply: {error}", field="body") from None
+    if not text.isascii() and not unicodedata.is_normalized("NFC", text.decode()):
+        text = orjson.dumps(_nfc(parts), option=orjson.OPT_SORT_KEYS)
+    return blake2b(text, digest_size=16).hexdigest()
+
+
+def _nfc(value: Any) -> Any:
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
+    if isinstance(value, dict):
+        return {_nfc(k): _nfc(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_nfc(v) for v in value]
+    return value
+
+
+def _scoped(content: dict[str, Any], profile: Profile, scope: object) -> dict[str, Any]:
+    if scope is None:
+        scope = {}
+    if not isinstance(scope, dict):
+        raise InvalidRequest(f"scope must be an object, not {_shown(scope)}", field="scope")
+    unknown = [field for field in scope if field not in profile.scope]
+    if unknown:
+        raise InvalidRequest(
+            f"this profile is not scoped by {unknown[0]!r}; it is by: {', '.join(profile.scope) or 'nothing'}",
+            field="scope",
+        )
+    values = {field: scope.get(field, content.get(field)) for field in profile.scope}
+    for field, value in values.items():
+        if not isinstance(value, str | int) or value == "":
+            raise InvalidRequest(f"this profile is scoped by {field!r}: give it in scope", field=field)
+    return values
+
+
+def _asked(content: dict[str, Any], profile: Profile) -> Any:
+    """Return the part of the body that asks: the messages that count, or the input."""
+    if "messages" in content:
+        messages = content["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise InvalidRequest("messages must be a list with at least one message", field="messages")
+        for at, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise InvalidRequest("each message must be an object with a role", field=f"messages[{at}]")
+        if all(_blank(message) for message in messages):
+            raise InvalidRequest("messages are empty: nothing is asked", field="messages")
+        if "input" in content:
+            raise InvalidRequest("give messages or input, not both", field="input")
+        if profile.last_messages is not None:
+            newest = len(messages) - profile.last_messages
+            messages = [m for at, m in enumerate(messages) if at >= newest or m["role"] in ("system", "developer")]
+        return [_folded(message) for message in messages] if profile.normalise else messages
+    if "input" not in content:
+        raise InvalidRequest("the body needs messages or input", field="messages")
+    asked = content["input"]
+    if not isinstance(asked, str | list) or not asked or (isinstance(asked, str) and not asked.strip()):
+        raise InvalidRequest("input must be a text or a list, and not empty", field="input")
+    if profile.normalise:
+        return [fold(x) if isinstance(x, str) else x for x in asked] if isinstance(asked, list) else fold(asked)
+    return asked
+
+
+def _blank(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    empty = not content.strip() if isinstance(content, str) else not content
+    return empty and not message.get("tool_calls")
+
+
+def _folded(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return message | {"content": fold(content)} if message["role"] == "user" and isinstance(content, str) else message
+
+
+def fold(text: str) -> str:
+    """Fold what does not change an intent: case, runs of white space, closing punctuation."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split()).rstrip(" .!?…")

@@ -1,0 +1,25 @@
+-- fetch: read L2 entries, strictly coherent with every invalidation acknowledged so far.
+-- KEYS  1 tags, then one entry per key
+-- ARGV  per key: cache key, the request's own tags (newline-joined)
+-- Returns per key: the entry; 0 absent (or unfit for this request's tags); 1 invalidated, deleted; 2 unreadable, deleted.
+-- Closes: entry and markers are judged in one step; no invalidation can slip between reading one and the other.
+local out = {}
+for i = 2, #KEYS do
+  local key, asked = ARGV[2 * i - 3], ARGV[2 * i - 2]
+  local text = redis.call('GET', KEYS[i])
+  local result = 0
+  if text then
+    local entry = head(text)
+    if not entry then
+      redis.call('UNLINK', KEYS[i])
+      result = 2
+    elseif invalidated(KEYS[1], key, entry.labels, entry.epoch) then
+      redis.call('UNLINK', KEYS[i])
+      result = 1
+    elseif asked == '' or not invalidated(KEYS[1], key, lines(asked), entry.epoch) then
+      result = text
+    end
+  end
+  out[i - 1] = result
+end
+return out

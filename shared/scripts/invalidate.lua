@@ -1,0 +1,9 @@
+-- invalidate: append to the log and mark every tag with the new id.
+-- KEYS  1 invalidations, 2 tags
+-- ARGV  1 who, 2 log limit, then tags
+-- Returns the id: entries and flights whose epoch is older no longer count for these tags.
+-- Closes: log and markers move together, so a reader of either knows of the same invalidations.
+local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'by', ARGV[1], 'tags', table.concat(ARGV, '\n', 3))
+for i = 3, #ARGV do redis.call('HSET', KEYS[2], ARGV[i], id) end
+redis.call('HSET', KEYS[2], '#last', id)
+return id

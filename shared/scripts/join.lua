@@ -1,0 +1,77 @@
+-- join: put requests for one key aboard a flight, beginning one if none is fit; acknowledge them.
+-- KEYS  1 requests, 2 fills, 3 entry:K, 4 flight:K, 5 tags, 6 waiters:K: (prefix; the token in force completes it)
+-- ARGV  1 group, 2 consumer, 3 K, 4 token for a new flight, 5 mode, 6 oldest acceptable entry (ms; 0 any),
+--       7 ttl (ms), 8 store (1|0), 9 keep until (ms), 10 most fills, 11 body, 12 spec, 13 tags (newline-joined),
+--       then pairs: message id, waiter ('CLIENT REQUEST'; '' = nobody waits)
+-- Returns {'HIT', entry} (nothing acknowledged), {'BEGUN'|'JOINED', token, n}, {'FULL'}, {'LOST'}.
+-- Closes: between a worker's look at L2 and its join a flight may have landed (the entry is checked again) or begun
+-- (joined); two workers can never both begin one. A flight older than an invalidation of the request's tags is not
+-- joined but replaced: it keeps its own waiters, who asked before. Messages this consumer no longer owns are left alone.
+local group, consumer, key, token, mode = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local labels = lines(ARGV[13])
+
+local ids, asking = {}, {}
+for i = 14, #ARGV, 2 do
+  if owns(KEYS[1], group, consumer, ARGV[i]) then
+    ids[#ids + 1] = ARGV[i]
+    asking[#asking + 1] = ARGV[i + 1]
+  end
+end
+if #ids == 0 then return { 'LOST' } end
+
+if mode == 'default' or mode == 'no-store' then
+  local text = redis.call('GET', KEYS[3])
+  local entry = text and head(text)
+  if entry and entry.created >= tonumber(ARGV[6])
+      and not invalidated(KEYS[5], key, entry.labels, entry.epoch)
+      and not invalidated(KEYS[5], key, labels, entry.epoch) then
+    return { 'HIT', text }
+  end
+end
+
+local status
+local shared = mode ~= 'bypass'
+if shared then
+  local flight = redis.call('HMGET', KEYS[4], 'token', 'epoch', 'tags', 'ttl', 'store')
+  if flight[1] then
+    local all, known = lines(flight[3]), {}
+    for _, label in ipairs(all) do known[label] = true end
+    local before = #all
+    for _, label in ipairs(labels) do
+      if not known[label] then all[#all + 1] = label end
+    end
+    if not invalidated(KEYS[5], key, all, flight[2]) then
+      status, token = 'JOINED', flight[1]
+      if #all > before then redis.call('HSET', KEYS[4], 'tags', table.concat(all, '\n')) end
+      if tonumber(ARGV[7]) < tonumber(flight[4]) then redis.call('HSET', KEYS[4], 'ttl', ARGV[7]) end
+      if ARGV[8] == '1' and flight[5] ~= '1' then redis.call('HSET', KEYS[4], 'store', '1') end
+    end
+  end
+elseif redis.call('EXISTS', KEYS[6] .. token) == 1 then
+  status = 'JOINED' -- the same bypass request, published twice
+end
+
+if not status then
+  if redis.call('XLEN', KEYS[2]) >= tonumber(ARGV[10]) then return { 'FULL' } end
+  local epoch = redis.call('HGET', KEYS[5], '#last') or '0-0'
+  if shared then
+    redis.call('DEL', KEYS[4])
+    redis.call('HSET', KEYS[4], 'token', token, 'epoch', epoch, 'tags', ARGV[13], 'ttl', ARGV[7], 'store', ARGV[8])
+  end
+  redis.call('XADD', KEYS[2], '*', 'key', key, 'token', token, 'epoch', epoch, 'body', ARGV[11], 'spec', ARGV[12])
+  status = 'BEGUN'
+end
+
+if shared then keep_until(KEYS[4], ARGV[9]) end
+local waiters = {}
+for i, waiter in ipairs(asking) do
+  -- A waiter ends in 0 if the flight began for it, in 1 if it joined.
+  if waiter ~= '' then waiters[#waiters + 1] = waiter .. (status == 'BEGUN' and i == 1 and ' 0' or ' 1') end
+end
+if #waiters > 0 then
+  redis.call('RPUSH', KEYS[6] .. token, unpack(waiters))
+  keep_until(KEYS[6] .. token, ARGV[9])
+end
+redis.call('XACK', KEYS[1], group, unpack(ids))
+redis.call('XDEL', KEYS[1], unpack(ids))
+return { status, token, #ids }

@@ -1,0 +1,48 @@
+-- land: publish a flight's answer, once, by the worker that owns its fill.
+-- KEYS  1 fills (or refreshes), 2 entry:K, 3 flight:K, 4 waiters:K:T, 5 outcome:K:T, 6 tags, 7 landed
+-- ARGV  1 group, 2 consumer, 3 fill id, 4 K, 5 T, 6 epoch, 7 the leader's tags (newline-joined), 8 ttl (ms),
+--       9 verdict of the quality gate ('' = storable), 10 keep the outcome for (ms), 11 meta JSON, 12 body
+-- Returns {'LOST'} or {reason, now (ms), waiters, expires (ms)}; reason 'stored' or why it was not:
+--   'overtaken' (a newer flight replaced this one, or it was a bypass), 'invalidated', 'superseded', 'no-store', the verdict.
+--   A flight that has an outcome already returns {'DONE', now (ms), waiters, outcome}.
+-- Closes: a paused worker's late answer (ownership); an answer computed from facts older than an invalidation (epoch
+-- against markers); an older flight's answer over a newer one's (epoch against the stored epoch); a waiter who joins
+-- between the store and the replies (the flight is gone in the same step, so he finds the entry or begins anew).
+local stream, group, consumer, id = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+if not owns(stream, group, consumer, id) then return { 'LOST' } end
+-- Landing renews the lease: the replies that follow have all of it.
+redis.call('XCLAIM', stream, group, consumer, 0, id, 'JUSTID')
+
+local done = redis.call('GET', KEYS[5])
+if done then return { 'DONE', now_ms(), redis.call('LRANGE', KEYS[4], 0, -1), done } end
+
+local key, token, epoch = ARGV[4], ARGV[5], ARGV[6]
+local flight = redis.call('HMGET', KEYS[3], 'token', 'tags', 'ttl', 'store')
+local current = flight[1] == token
+local labels = lines(current and flight[2] or ARGV[7])
+local created = now_ms()
+local expires = created + tonumber(current and flight[3] or ARGV[8])
+local text = string.format('mp1 %s %d %d %d\n', epoch, created, expires, #labels)
+  .. table.concat(labels, '\n') .. (#labels > 0 and '\n' or '') .. ARGV[11] .. '\n' .. ARGV[12]
+
+local reason = 'stored'
+if not current then
+  reason = 'overtaken'
+elseif ARGV[9] ~= '' then
+  reason = ARGV[9]
+elseif flight[4] ~= '1' then
+  reason = 'no-store'
+elseif invalidated(KEYS[6], key, labels, epoch) then
+  reason = 'invalidated'
+else
+  local present = redis.call('GET', KEYS[2])
+  local entry = present and head(present)
+  if entry and newer(entry.epoch, epoch) then reason = 'superseded' end
+end
+if reason == 'stored' then
+  redis.call('SET', KEYS[2], text, 'PXAT', expires)
+  redis.call('XADD', KEYS[7], 'NOMKSTREAM', '*', 'key', key, 'entry', text)
+end
+if current then redis.call('DEL', KEYS[3]) end
+redis.call('SET', KEYS[5], reason .. '\n' .. text, 'PX', ARGV[10])
+return { reason, created, redis.call('LRANGE', KEYS[4], 0, -1), expires }

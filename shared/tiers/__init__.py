@@ -1,0 +1,1 @@
+"""Where an answer may be found, nearest first."""

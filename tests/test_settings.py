@@ -1,0 +1,110 @@
+"""Settings: where they come from, what is refused, what is never shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.console import masked
+from shared.errors import ConfigError
+from shared.settings import load
+
+SECRET = "s3cr3t-w0rd"
+
+
+def test_the_environment_wins_over_dotenv_and_dotenv_over_toml(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("millpond.toml").write_text("model = 'from-toml'\nconcurrency = 3\nattempts = 2\n")
+    Path(".env").write_text("MILLPOND_MODEL=from-dotenv\nMILLPOND_CONCURRENCY=5\n")
+    monkeypatch.setenv("MILLPOND_MODEL", "from-environment")
+    found = load()
+    assert (found.model, found.concurrency, found.attempts) == ("from-environment", 5, 2)
+
+
+def test_a_dotenv_may_hold_what_belongs_to_others() -> None:
+    Path(".env").write_text(f"DATABASE_URL=postgresql://x\nMODEL=theirs\nTIMEOUT=3\nOPENAI_API_KEY={SECRET}\n")
+    found = load()
+    assert (found.model, found.timeout) == ("gpt-4o-mini", 60.0)
+
+
+def test_the_sdk_key_counts_wherever_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().provider_name == "simulated"
+    Path(".env").write_text("OPENAI_API_KEY=from-dotenv\n")
+    assert (load().api_key, load().provider_name) == ("from-dotenv", "openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "from-environment")
+    assert load().api_key == "from-environment"
+    monkeypatch.setenv("MILLPOND_OPENAI_API_KEY", "our-own")
+    assert load().api_key == "our-own"
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLPOND_REDIS_URL", "")
+    monkeypatch.setenv("MILLPOND_CONCURRENCY", "")
+    assert (load().redis_url, load().concurrency) == (None, 64)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "field"),
+    [
+        ("MILLPOND_CONCURRENCY", "0", "concurrency"),
+        ("MILLPOND_CONCURRENCY", "many", "concurrency"),
+        ("MILLPOND_PARTITIONS", "0", "partitions"),
+        ("MILLPOND_TIMEOUT", "-1", "timeout"),
+        ("MILLPOND_PROVIDER", "nobody", "provider"),
+        ("MILLPOND_REDIS_URL", "http://localhost", "redis_url"),
+        ("MILLPOND_PROFILES", "{not json", "profiles"),
+        ("MILLPOND_PROFILES__MINE__TTL", "0", "profiles.mine.ttl"),
+        ("MILLPOND_CACHE_ENABLED", "perhaps", "cache_enabled"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, field: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as caught:
+        load()
+    assert caught.value.field == field
+    assert variable in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [(".env", "MILLPOND_MODLE=x\n"), ("millpond.toml", "modle = 'x'\n")],
+)
+def test_a_misspelt_setting_in_a_file_is_refused(file: str, text: str) -> None:
+    Path(file).write_text(text)
+    with pytest.raises(ConfigError, match="modle"):
+        load()
+
+
+def test_a_broken_toml_is_refused_with_its_line() -> None:
+    Path("millpond.toml").write_text("model = \n")
+    with pytest.raises(ConfigError, match=r"millpond\.toml is not valid TOML.*line 1"):
+        load()
+
+
+def test_secrets_appear_in_no_repr_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLPOND_REDIS_URL", f"redis://user:{SECRET}@localhost:6379/0")
+    monkeypatch.setenv("MILLPOND_OPENAI_API_KEY", SECRET)
+    found = load()
+    assert SECRET not in repr(found) + str(found) + found.model_dump_json()
+    monkeypatch.setenv("MILLPOND_REDIS_URL", f"postgres://user:{SECRET}@localhost")
+    with pytest.raises(ConfigError) as caught:
+        load()
+    assert SECRET not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://user:{SECRET}@localhost:6379/0",
+        f"rediss://:{SECRET}@[::1]:6379",
+        f"unix://user:{SECRET}@/run/redis.sock?db=1",
+        f"redis://localhost/0?username=u&password={SECRET}",
+    ],
+)
+def test_a_masked_url_says_where_and_hides_the_password(url: str) -> None:
+    assert SECRET not in masked(url)
+    assert "***" in masked(url)
+    assert masked(url).startswith(url.split("://")[0] + "://")

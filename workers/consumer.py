@@ -1,0 +1,307 @@
+"""The loop every worker shares: one partition's streams, one consumer group, one consumer per process life.
+
+It reads, reclaims what others left behind, recovers what a cut connection left in the air, dead-letters what
+nobody survives, and hands back what it has not finished when it is told to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from shared.counters import Counters
+from shared.keys import PartitionKeys
+from shared.link import LINK_ERRORS, Command, Link
+from shared.scripts import SCRIPTS
+from shared.settings import Settings
+
+log = logging.getLogger("millpond.worker")
+
+_RECLAIM_COUNT = 64
+_DISMISS_AFTER = 60.0
+_BACKOFF = (0.05, 2.0)
+
+
+@dataclass(slots=True)
+class Message:
+    """One stream entry, delivered to this consumer. `deliveries` counts this one too."""
+
+    id: bytes
+    fields: dict[bytes, bytes]
+    deliveries: int = 1
+
+
+class StateLost(Exception):
+    """A stream or its group vanished: the server was flushed, or failed over to an empty replica."""
+
+
+def messages_of(raw: Iterable[Any], deliveries: int = 1) -> list[Message]:
+    """Return the messages of a reply to XREADGROUP (one stream's part), XCLAIM or XRANGE; trimmed ones are left out."""
+    return [Message(e[0], dict(zip(e[1][::2], e[1][1::2], strict=True)), deliveries) for e in raw if e and e[1]]
+
+
+def server_ms(reply: Any) -> int:
+    """Return the milliseconds of a reply to TIME."""
+    return int(reply[0]) * 1000 + int(reply[1]) // 1000
+
+
+class Consumer(ABC):
+    """One partition's reader. Subclasses say what they read and what they do with it."""
+
+    group: str
+
+    def __init__(self, settings: Settings, url: str, keys: PartitionKeys, name: str, counters: Counters) -> None:
+        self.settings = settings
+        self.keys = keys
+        self.name = name
+        self.counters = counters
+        self.link = Link(url, name=f"millpond-{self.group}")
+        #: only for reads that block: nothing else may wait behind them
+        self.reading = Link(url, name=f"millpond-{self.group}-read")
+        self.ready = asyncio.Event()
+        self.stopping = False
+        self._cursors: dict[str, bytes] = {}
+        self._next_reclaim = 0.0
+        self._next_dismissal = 0.0
+        self._cut = False
+
+    # what a subclass is
+
+    @property
+    @abstractmethod
+    def lease(self) -> float:
+        """Seconds of silence after which another consumer may take this one's messages."""
+
+    @property
+    @abstractmethod
+    def streams(self) -> tuple[str, ...]:
+        """The streams read, most urgent first."""
+
+    @abstractmethod
+    async def turn(self) -> None:
+        """Read once, blocking no longer than `tick`, and handle what came."""
+
+    @abstractmethod
+    async def handle_reclaimed(self, stream: str, messages: list[Message]) -> None:
+        """Handle messages taken over from another consumer, or recovered after a cut connection."""
+
+    @abstractmethod
+    async def tell_poisoned(self, stream: str, message: Message) -> None:
+        """Give a message's requesters their error before it is buried."""
+
+    def in_hand(self, message_id: bytes) -> bool:
+        """Whether this process is handling that message right now."""
+        return False
+
+    def room(self) -> int:
+        """How many reclaimed messages may be taken now."""
+        return _RECLAIM_COUNT
+
+    async def prepare(self) -> None:
+        """Create what must exist before the first read; runs again after every loss of connection or state."""
+        for stream in self.streams:
+            await self.ensure_group(stream)
+
+    def state_lost(self) -> None:
+        """Forget what was only true of the state that vanished."""
+
+    async def drain(self) -> None:
+        """Finish what can be finished before the rest is handed back."""
+
+    # the loop
+
+    @property
+    def tick(self) -> float:
+        """Seconds between looks at what others left behind, and the longest blocking read."""
+        return min(1.0, self.lease / 4)
+
+    async def run(self) -> None:
+        """Work until `stop()`; survive every loss of connection and state on the way."""
+        pause = _BACKOFF[0]
+        while not self.stopping:
+            try:
+                await self.prepare()
+                if self._cut:
+                    await self._recover_own()
+                    self._cut = False
+                self.ready.set()
+                while not self.stopping:
+                    await self.turn()
+                    pause = _BACKOFF[0]
+                    await self._reclaim_when_due()
+            except StateLost:
+                log.warning("%s: partition %d lost its state; starting afresh", self.name, self.keys.partition)
+                self.state_lost()
+                await self._rest(pause)
+            except LINK_ERRORS as error:
+                self._cut = True
+                if not self.stopping:
+                    log.warning("%s: connection lost (%s); trying again", self.name, error)
+                    await self._rest(pause)
+                    pause = min(pause * 2, _BACKOFF[1])
+            except Exception:
+                # Its messages stay pending: reclaimed after the lease, counted, and at last buried.
+                log.exception("%s: a turn failed", self.name)
+                await self._rest(pause)
+        await self._leave()
+
+    async def stop(self) -> None:
+        """End the loop: break off a blocking read; a batch in hand is finished."""
+        self.stopping = True
+        await self.reading.close()
+
+    async def _leave(self) -> None:
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout + 5):
+                await self.drain()
+                lease_ms = int(self.lease * 1000)
+                for stream in self.streams:
+                    await self.link.send(
+                        [
+                            SCRIPTS["hand_back"].call([stream], [self.group, self.name, lease_ms]),
+                            SCRIPTS["dismiss"].call([stream], [self.group, self.name]),
+                        ]
+                    )
+        except (*LINK_ERRORS, ResponseError) as error:
+            log.warning("%s: could not hand back (%s); the lease will", self.name, error)
+        await self.link.close()
+
+    @staticmethod
+    async def _rest(seconds: float) -> None:
+        await asyncio.sleep(seconds * random.uniform(0.5, 1.5))
+
+    # reading
+
+    def read_command(self, stream: str, count: int, *, block: float | None) -> Command:
+        """Return the XREADGROUP for new messages; `block` in seconds, None not at all."""
+        wait = () if block is None else ("BLOCK", max(1, int(block * 1000)))
+        return ("XREADGROUP", "GROUP", self.group, self.name, "COUNT", count, *wait, "STREAMS", stream, ">")
+
+    @staticmethod
+    def checked(replies: list[Any]) -> list[Any]:
+        """Return the replies of a posted pipeline; raise `StateLost` or the first error among them."""
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                if str(reply).startswith(("NOGROUP", "UNBLOCKED")):
+                    raise StateLost
+                raise reply
+        return replies
+
+    async def ensure_group(self, stream: str) -> None:
+        """Create the group at 0, so that nothing published before it is lost."""
+        (reply,) = await self.link.post([("XGROUP", "CREATE", stream, self.group, "0", "MKSTREAM")])
+        if isinstance(reply, ResponseError) and not str(reply).startswith("BUSYGROUP"):
+            raise reply
+
+    # what others left behind
+
+    async def _reclaim_when_due(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now < self._next_reclaim:
+            return
+        self._next_reclaim = now + self.tick
+        for stream in self.streams:
+            if self.room() > 0:
+                await self._reclaim(stream)
+            if now >= self._next_dismissal:
+                await self._dismiss_dead(stream)
+        if now >= self._next_dismissal:
+            self._next_dismissal = now + _DISMISS_AFTER / 2
+
+    async def _reclaim(self, stream: str) -> None:
+        # JUSTID: being moved is not being delivered. The cursor is kept: a scan that restarts at 0-0 may never get
+        # past the leased entries at the head.
+        cursor = self._cursors.get(stream, b"0-0")
+        lease_ms, count = int(self.lease * 1000), min(self.room(), _RECLAIM_COUNT)
+        (reply,) = self.checked(
+            await self.link.post(
+                [("XAUTOCLAIM", stream, self.group, self.name, lease_ms, cursor, "COUNT", count, "JUSTID")]
+            )
+        )
+        self._cursors[stream] = reply[0]
+        ids = [i for i in reply[1] if not self.in_hand(i)]
+        if ids:
+            log.info("%s: took over %d messages of %s", self.name, len(ids), stream)
+            await self._take_over(stream, ids)
+
+    async def _take_over(self, stream: str, ids: list[bytes]) -> None:
+        pending = self.checked(
+            await self.link.post([("XPENDING", stream, self.group, i, i, 1, self.name) for i in ids])
+        )
+        fresh: list[bytes] = []
+        for (entry,) in (p for p in pending if p):
+            message_id, _, _, deliveries = entry
+            if deliveries >= self.settings.max_deliveries:
+                await self._bury(stream, message_id, deliveries)
+            elif deliveries > 1:
+                # It may be what killed its workers: delivered alone, it can take no innocent message with it.
+                await self._claim(stream, [message_id], deliveries + 1)
+            else:
+                fresh.append(message_id)
+        if fresh:
+            await self._claim(stream, fresh, 2)
+
+    async def _claim(self, stream: str, ids: list[bytes], deliveries: int) -> None:
+        # This XCLAIM counts the delivery, before anything of the message is parsed.
+        (raw,) = self.checked(await self.link.post([("XCLAIM", stream, self.group, self.name, 0, *ids)]))
+        if messages := messages_of(raw, deliveries):
+            await self.handle_reclaimed(stream, messages)
+
+    async def _bury(self, stream: str, message_id: bytes, deliveries: int) -> None:
+        found = await self.link.call(("XRANGE", stream, message_id, message_id))
+        for message in messages_of(found, deliveries):
+            await self.tell_poisoned(stream, message)
+        await self.bury(stream, message_id, f"delivered {deliveries} times without an outcome", deliveries)
+
+    async def bury(self, stream: str, message_id: bytes, reason: str, deliveries: int) -> None:
+        """Move a message to the dead letters."""
+        log.error("%s: buried %s of %s: %s", self.name, message_id.decode(), stream, reason)
+        self.counters.add("dead")
+        await self.link.call(
+            SCRIPTS["bury"].call(
+                [stream, self.keys.dead],
+                [self.group, self.name, message_id, reason, deliveries, self.settings.dead_limit],
+            )
+        )
+
+    async def _recover_own(self) -> None:
+        """Take up again what was delivered to this consumer on a connection that was cut."""
+        for stream in self.streams:
+            (pending,) = self.checked(
+                await self.link.post([("XPENDING", stream, self.group, "-", "+", 10_000, self.name)])
+            )
+            deliveries = {entry[0]: entry[3] for entry in pending if not self.in_hand(entry[0])}
+            for at in range(0, len(deliveries), _RECLAIM_COUNT):
+                ids = list(deliveries)[at : at + _RECLAIM_COUNT]
+                # A cut connection is no failed delivery: renewed with JUSTID and read without a count.
+                replies = self.checked(
+                    await self.link.post(
+                        [
+                            ("XCLAIM", stream, self.group, self.name, 0, *ids, "JUSTID"),
+                            *(("XRANGE", stream, i, i) for i in ids),
+                        ]
+                    )
+                )
+                messages = messages_of(entry for found in replies[1:] for entry in found)
+                for message in messages:
+                    message.deliveries = deliveries[message.id]
+                if messages:
+                    await self.handle_reclaimed(stream, messages)
+
+    async def _dismiss_dead(self, stream: str) -> None:
+        (consumers,) = self.checked(await self.link.post([("XINFO", "CONSUMERS", stream, self.group)]))
+        gone = []
+        for flat in consumers:
+            about = dict(zip(flat[::2], flat[1::2], strict=True))
+            idle = max(_DISMISS_AFTER, 10 * self.lease) * 1000
+            if about[b"pending"] == 0 and about[b"idle"] > idle and about[b"name"] != self.name.encode():
+                gone.append(about[b"name"])
+        if gone:
+            await self.link.send([SCRIPTS["dismiss"].call([stream], [self.group, name]) for name in gone])

@@ -1,0 +1,185 @@
+"""`millpond doctor`: what is configured, what answers, and what to do about the rest. It changes nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import redis
+
+from shared import console, embedded
+from shared.errors import ConfigError
+from shared.settings import Settings
+from workers import overview
+from workers.supervisor import provider_in_force
+
+Level = Literal["ok", "warn", "fail"]
+
+REDIS_AT_LEAST = (7, 0)
+VALKEY_AT_LEAST = (8, 0)
+#: Variables that are ours but no settings.
+_NOT_SETTINGS = ("MILLPOND_FAULT", "MILLPOND_TEST_")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; `advice` says what to do unless all is well."""
+
+    level: Level
+    subject: str
+    detail: str
+    advice: str = ""
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Yield findings, the configuration first, then as far into the deployment as can be reached."""
+    yield from _configuration(settings)
+    yield _provider(settings)
+    try:
+        url = embedded.resolve_url(settings)
+    except ConfigError as error:
+        yield Finding("fail", "redis", f"none configured and none running on {settings.data_dir}", error.message)
+        return
+    connection = overview.connect(url)
+    try:
+        server = dict(connection.execute_command("INFO"))
+    except (redis.RedisError, OSError) as error:
+        yield Finding("fail", "redis", f"{console.masked(url)}: {error}", _unreachable_advice(error))
+        return
+    with connection:
+        yield Finding("ok", "redis", f"{console.masked(url)} answers")
+        yield _version(server)
+        yield _eviction(server)
+        yield _persistence(server)
+        yield from _deployment(connection, settings)
+
+
+def _configuration(settings: Settings) -> Iterator[Finding]:
+    yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    files = [name for name in (".env", "millpond.toml") if Path(name).is_file()]
+    environment = sorted(name for name in os.environ if name.startswith("MILLPOND_"))
+    changed = {name for name in settings.model_fields_set if name != "openai_api_key"}
+    sources = ", ".join([*files, f"{len(environment)} variables"] if environment else files) or "defaults only"
+    yield Finding("ok", "settings", f"from {sources}; set: {', '.join(sorted(changed)) or 'nothing'}")
+    for name in environment:
+        field = name.removeprefix("MILLPOND_").lower().partition("__")[0]
+        if field not in type(settings).model_fields and not name.startswith(_NOT_SETTINGS):
+            yield Finding("warn", "settings", f"{name} is no setting", "correct its name or unset it")
+    if not settings.cache_enabled:
+        yield Finding(
+            "warn", "cache", "switched off: every request goes to the provider", "MILLPOND_CACHE_ENABLED=true"
+        )
+
+
+def _provider(settings: Settings) -> Finding:
+    detail = provider_in_force(settings)
+    if settings.provider_name == "simulated":
+        return Finding("warn", "provider", detail, "fine to try things out; not for real answers")
+    if find_spec("openai") is None:
+        return Finding("fail", "provider", detail, "its SDK is missing: pip install 'millpond[workers]'")
+    if settings.api_key is None and settings.openai_base_url is None:
+        return Finding("fail", "provider", f"{detail}, no key", "set OPENAI_API_KEY or MILLPOND_OPENAI_API_KEY")
+    return Finding("ok", "provider", f"{detail}, {'key present' if settings.api_key else 'no key'}")
+
+
+def _unreachable_advice(error: Exception) -> str:
+    text = str(error).lower()
+    if "auth" in text or "password" in text or "wrongpass" in text:
+        return "check user and password in MILLPOND_REDIS_URL"
+    if "certificate" in text or "ssl" in text:
+        return "check the server's certificate, or name the authority: rediss://…?ssl_ca_certs=FILE"
+    return "start that server, or correct MILLPOND_REDIS_URL; without it `millpond up` starts its own"
+
+
+def _version(server: dict[str, Any]) -> Finding:
+    name, least = "Redis", REDIS_AT_LEAST
+    version = str(server.get("redis_version", "0"))
+    if "valkey_version" in server:
+        name, least, version = "Valkey", VALKEY_AT_LEAST, str(server["valkey_version"])
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if found >= least:
+        return Finding("ok", "version", f"{name} {version}")
+    wanted = ".".join(map(str, least))
+    return Finding("fail", "version", f"{name} {version}", f"upgrade it to {name} {wanted} or newer")
+
+
+def _eviction(server: dict[str, Any]) -> Finding:
+    policy = str(server.get("maxmemory_policy", "unknown"))
+    bounded = int(server.get("maxmemory", 0)) > 0
+    detail = f"maxmemory-policy {policy}, " + ("maxmemory set" if bounded else "no maxmemory")
+    if policy.startswith("allkeys"):
+        advice = "it deletes queues under pressure: CONFIG SET maxmemory-policy volatile-ttl (or noeviction)"
+        return Finding("fail", "eviction", detail, advice)
+    if policy.startswith("volatile"):
+        # Flights and their waiters have a TTL too; without them a request ends at its own deadline.
+        return Finding("warn", "eviction", detail, "under pressure flights may be evicted too; noeviction is safest")
+    return Finding("ok", "eviction", detail)
+
+
+def _persistence(server: dict[str, Any]) -> Finding:
+    if int(server.get("aof_enabled", 0)):
+        if server.get("aof_last_write_status", "ok") != "ok":
+            return Finding("fail", "persistence", "appendonly yes, last write failed", "free space on its disk")
+        return Finding("ok", "persistence", "appendonly yes")
+    return Finding(
+        "warn",
+        "persistence",
+        "appendonly no: a restart of Redis loses accepted requests and the cache",
+        "CONFIG SET appendonly yes, and the same in its configuration file",
+    )
+
+
+def _deployment(connection: redis.Redis, settings: Settings) -> Iterator[Finding]:
+    seen = overview.look(connection)
+    if not seen.partitions:
+        yield Finding("warn", "partitions", "none recorded: no worker has started here yet", "millpond up")
+        return
+    if settings.partitions in (None, seen.partitions):
+        yield Finding("ok", "partitions", str(seen.partitions))
+    else:
+        yield Finding(
+            "fail",
+            "partitions",
+            f"recorded {seen.partitions}, configured {settings.partitions}",
+            f"set MILLPOND_PARTITIONS={seen.partitions} or leave it unset; to change it, start a new deployment",
+        )
+    yield from _workers(seen)
+    yield from _queues(seen, settings)
+    if seen.dead:
+        yield Finding(
+            "warn", "dead letters", str(seen.dead), "millpond dead list, then millpond dead retry or keep them"
+        )
+    else:
+        yield Finding("ok", "dead letters", "none")
+
+
+def _workers(seen: overview.Overview) -> Iterator[Finding]:
+    for kind in ("lookup", "llm"):
+        names = [str(worker.get("name")) for worker in seen.workers if worker.get("kind") == kind]
+        if names:
+            yield Finding("ok", f"{kind} workers", f"{len(names)} alive: {', '.join(names)}")
+        else:
+            yield Finding("fail", f"{kind} workers", "none alive", f"millpond up, or millpond worker {kind}")
+
+
+def _queues(seen: overview.Overview, settings: Settings) -> Iterator[Finding]:
+    groups = {(queue.partition, queue.group) for queue in seen.queues}
+    missing = seen.partitions * 2 - len(groups & {(p, g) for p in range(seen.partitions) for g in ("lookup", "llm")})
+    if missing:
+        yield Finding("warn", "groups", f"{missing} missing", "starting a worker of each kind creates them")
+    limits = {"requests": settings.request_limit, "fills": settings.fill_limit}
+    for queue in seen.queues:
+        about = f"partition {queue.partition}: {queue.length} entries, {queue.pending} in hand"
+        subject = f"{queue.stream} queue"
+        if queue.orphaned:
+            yield Finding("warn", subject, f"{about}, {queue.orphaned} of them held by dead workers",
+                          "a live worker takes them over after the lease")  # fmt: skip
+        elif queue.length > limits.get(queue.stream, settings.fill_limit) // 2:
+            yield Finding("warn", subject, f"{about}: more than half full", "start more workers of its kind")
+        else:
+            yield Finding("ok", subject, about)

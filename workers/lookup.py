@@ -1,0 +1,374 @@
+"""The lookup worker: answers what a cache tier holds, puts the rest aboard a flight.
+
+A batch of requests is read in one pipeline with the invalidations, so it is judged against every invalidation that
+was acknowledged before any of them was published. Hits are answered first; misses are joined to a flight and
+acknowledged in the same step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import orjson
+
+from shared import keys
+from shared.entry import Entry, Unreadable, unpack
+from shared.errors import DeadlineExceeded, InvalidRequest, MillpondError, NotCached, Overloaded, Poisoned
+from shared.faults import fault_point
+from shared.keys import PartitionKeys, partition_of
+from shared.link import Command
+from shared.messages import Question, Rules, label, understand
+from shared.scripts import SCRIPTS
+from shared.settings import Settings
+from shared.tiers.l1 import L1
+from workers.consumer import Consumer, Message, messages_of, server_ms
+from workers.outbox import Outbox, error_payload, waiter
+from workers.runtime import Crew, run_crew
+
+_BATCH = 256
+_REMEMBERED = 4096
+_REMEMBER_UP_TO = 8192
+_GRACE_MS = 5000
+
+
+@dataclass(slots=True)
+class Ask:
+    """One request of a batch."""
+
+    message_id: bytes
+    request_id: bytes
+    client: str
+    deadline_ms: int
+    body: bytes
+    cache: bytes | None
+    question: Question
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one turn has in hand. `not_after_ms`: when this worker's claim on it may end, by the server's clock."""
+
+    now_ms: int
+    not_after_ms: int
+    outbox: Outbox
+    answered: list[bytes] = field(default_factory=list)
+    missing: dict[tuple[Question, bytes], list[Ask]] = field(default_factory=dict)
+
+    def answer(self, ask: Ask, payload: bytes) -> None:
+        """Reply to one request and let its message be retired."""
+        self.outbox.add(ask.client, ask.request_id, payload)
+        self.answered.append(ask.message_id)
+
+
+class LookupConsumer(Consumer):
+    """Resolves the requests of one partition."""
+
+    group = keys.LOOKUP_GROUP
+
+    def __init__(self, crew: Crew, partition_keys: PartitionKeys) -> None:
+        settings = crew.settings
+        super().__init__(settings, crew.url, partition_keys, crew.name, crew.counters)
+        self.partitions = crew.partitions
+        self.rules = Rules.of(settings)
+        self.l1 = L1(entries=settings.l1_entries // crew.partitions, size=settings.l1_bytes // crew.partitions)
+        self._understand_again = lru_cache(_REMEMBERED)(self._understand)
+        self._log_at = b""
+        self._retiring: list[bytes] = []
+        self._flights = 0
+
+    @property
+    def lease(self) -> float:
+        """As configured for lookup workers."""
+        return self.settings.lookup_lease
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The partition's requests."""
+        return (self.keys.requests,)
+
+    def in_hand(self, message_id: bytes) -> bool:
+        """Answered already, and about to be retired."""
+        return message_id in self._retiring
+
+    async def prepare(self) -> None:
+        """Create the group; begin to follow the invalidation log at its end, with nothing in L1."""
+        await super().prepare()
+        log = self.keys.invalidations
+        (newest,) = await self.link.send([("XREVRANGE", log, "+", "-", "COUNT", 1)])
+        if newest:
+            at = newest[0][0]
+        else:  # a log is never empty, so that a follower can tell "nothing new" from "gone"
+            at = await self.link.call(SCRIPTS["invalidate"].call([log, self.keys.tags], ["genesis", 1000]))
+        if at != self._log_at:
+            self.l1.clear()
+            self._log_at = at
+
+    def state_lost(self) -> None:
+        """What was cached belonged to the state that vanished."""
+        self.l1.clear()
+        self._log_at = b""
+        self._retiring.clear()
+
+    # one turn
+
+    def _log_command(self) -> Command:
+        # Inclusive: the entry last seen must come first; if it does not, the log was trimmed past it, or flushed.
+        return ("XRANGE", self.keys.invalidations, self._log_at, "+")
+
+    def _follow(self, log: list[Any]) -> None:
+        gap = not log or log[0][0] != self._log_at
+        if gap:
+            self.l1.clear()
+        for entry_id, fields in log if gap else log[1:]:
+            self.l1.invalidate(fields[3].decode().split("\n"))
+            self._log_at = entry_id
+
+    async def turn(self) -> None:
+        """Retire what was answered, read requests and invalidations in one pipeline, answer."""
+        retiring = self._retiring
+        commands = [
+            self.read_command(self.keys.requests, _BATCH, block=self.tick),
+            self._log_command(),
+            ("TIME",),
+        ]
+        if retiring:
+            commands.insert(0, self._retire_command(retiring))
+        read, log, time = self.checked(await self.reading.post(commands))[-3:]
+        self._retiring = []
+        self._follow(log)
+        if read:
+            await self._handle(messages_of(read[0][1]), server_ms(time))
+
+    def _retire_command(self, ids: list[bytes]) -> Command:
+        return SCRIPTS["retire"].call([self.keys.requests], [self.group, self.name, *sorted(ids, key=_id_order)])
+
+    async def _flush_retiring(self) -> None:
+        if self._retiring:
+            await self.link.call(self._retire_command(self._retiring))
+            self._retiring = []
+
+    async def drain(self) -> None:
+        """Retire what was answered."""
+        await self._flush_retiring()
+
+    async def handle_reclaimed(self, stream: str, messages: list[Message]) -> None:
+        """As new ones, after catching up with the log."""
+        log, time = self.checked(await self.link.post([self._log_command(), ("TIME",)]))
+        self._follow(log)
+        await self._handle(messages, server_ms(time))
+        await self._flush_retiring()
+
+    async def tell_poisoned(self, stream: str, message: Message) -> None:
+        """Reply with `Poisoned`."""
+        outbox = Outbox(self.settings.reply_limit)
+        error = Poisoned("this request repeatedly ended the workers that handled it; it lies in the dead letters")
+        client = message.fields.get(b"reply", b"").decode(errors="replace")
+        outbox.add(client, message.fields.get(b"id", b""), error_payload(error))
+        now = server_ms(await self.link.call(("TIME",)))
+        await self.link.send(outbox.commands(now + int(self.lease * 1000)))
+
+    async def _handle(self, messages: list[Message], now_ms: int) -> None:
+        # The lease ran from some moment before the server said `now_ms`: a part of it is left as margin.
+        batch = Batch(now_ms, now_ms + int(self.lease * 800), Outbox(self.settings.reply_limit))
+        fault_point("lookup_after_read")
+        self.counters.add("requests", len(messages))
+        for message in messages:
+            await self._sort(batch, message)
+        fault_point("lookup_before_reply")
+        if batch.missing:
+            await self._look_in_l2(batch)
+        if batch.missing:
+            await self._join(batch)
+        await self._send(batch)
+
+    async def _send(self, batch: Batch, extra: list[Command] | None = None) -> list[Any]:
+        """Send the replies so far, and `extra` behind them; let what was answered be retired at the next read."""
+        sending = batch.outbox.commands(batch.not_after_ms)
+        replies = self.checked(await self.link.post([*sending, *(extra or ())])) if sending or extra else []
+        fault_point("lookup_after_reply")
+        if -1 not in replies[: len(sending)]:
+            self._retiring += batch.answered
+        # else: paused past the lease. Whoever holds the messages now answers them; nothing may be retired here.
+        batch.answered, batch.outbox = [], Outbox(self.settings.reply_limit)
+        return replies[len(sending) :]
+
+    # reading a message
+
+    def _understand(self, body: bytes, cache: bytes | None) -> Question:
+        return understand(body, cache, self.rules)
+
+    async def _sort(self, batch: Batch, message: Message) -> None:
+        """Answer a request from L1, or put it with the missing."""
+        try:
+            ask = self._read(message)
+        except InvalidRequest as error:
+            await self._refuse(batch, message, error)
+            return
+        question = ask.question
+        if partition_of(question.key, self.partitions) != self.keys.partition:
+            await self._hand_over(batch, message, question.key)
+        elif ask.deadline_ms <= batch.now_ms:
+            self.counters.add("expired")
+            batch.answer(
+                ask, error_payload(DeadlineExceeded("the deadline had passed before a worker saw the request"))
+            )
+        else:
+            entry = self.l1.get(question.key, batch.now_ms) if question.reads else None
+            # Tags the entry does not carry were not watched for it: the server's markers must be asked.
+            if entry and _fits(entry, question, batch.now_ms) and set(question.own_tags) <= set(entry.tags):
+                self.counters.add("hit.l1")
+                batch.answer(ask, entry.reply("l1", batch.now_ms))
+            else:
+                alone = ask.request_id if question.mode == "bypass" else b""
+                batch.missing.setdefault((question, alone), []).append(ask)
+
+    def _read(self, message: Message) -> Ask:
+        fields = message.fields
+        try:
+            request_id, body = fields[b"id"], fields[b"body"]
+            deadline_ms = int(fields[b"deadline"])
+        except KeyError as missing:
+            name = missing.args[0].decode()
+            raise InvalidRequest(f"the request has no field {name!r}", field=name) from None
+        except ValueError:
+            raise InvalidRequest("deadline must be a whole number of milliseconds", field="deadline") from None
+        try:
+            client = fields.get(b"reply", b"").decode()
+            label(request_id.decode(), "id")
+        except UnicodeDecodeError:
+            raise InvalidRequest("id and reply must be UTF-8", field="id") from None
+        if client:
+            label(client, "reply")
+        cache = fields.get(b"cache")
+        known = len(body) <= _REMEMBER_UP_TO
+        question = self._understand_again(body, cache) if known else self._understand(body, cache)
+        return Ask(message.id, request_id, client, deadline_ms, body, cache, question)
+
+    async def _refuse(self, batch: Batch, message: Message, error: InvalidRequest) -> None:
+        """Say what is wrong to whoever asked; without a reply channel it is a dead letter."""
+        self.counters.add("invalid")
+        client, request_id = message.fields.get(b"reply", b""), message.fields.get(b"id", b"")
+        try:
+            label(client.decode(), "reply")
+            label(request_id.decode(), "id")
+        except (InvalidRequest, UnicodeDecodeError):
+            await self.bury(self.keys.requests, message.id, f"{error.field}: {error.message}", message.deliveries)
+            return
+        batch.outbox.add(client.decode(), request_id, error_payload(error))
+        batch.answered.append(message.id)
+
+    async def _hand_over(self, batch: Batch, message: Message, key: str) -> None:
+        """Move a request to the partition its key belongs to: epochs mean nothing outside one partition's log."""
+        target = PartitionKeys(partition_of(key, self.partitions)).requests
+        self.counters.add("handed_over")
+        await self.link.call(("XADD", target, "*", *(part for pair in message.fields.items() for part in pair)))
+        batch.answered.append(message.id)
+
+    # the tiers below
+
+    async def _look_in_l2(self, batch: Batch) -> None:
+        """Answer from L2 what it holds; the replies of L1 go out in the same pipeline, ahead of it."""
+        asked = [(question, asks) for (question, _), asks in batch.missing.items() if question.reads]
+        if not asked:
+            return
+        clock = self.l1.clock
+        fetch = SCRIPTS["fetch"].call(
+            [self.keys.tags, *(self.keys.entry(q.key) for q, _ in asked)],
+            [part for q, _ in asked for part in (q.key, "\n".join(q.own_tags))],
+        )
+        (found,) = await self._send(batch, [fetch])
+        for (question, asks), text in zip(asked, found, strict=True):
+            if isinstance(text, int):
+                self.counters.add(("absent", "invalidated", "unreadable")[text], len(asks) if not text else 1)
+            elif entry := await self._open(question.key, text):
+                self.l1.put(entry, clock=clock)
+                if _fits(entry, question, batch.now_ms):
+                    self._serve(batch, asks, entry)
+                    batch.missing.pop((question, b""))
+
+    async def _open(self, key: str, text: bytes) -> Entry | None:
+        try:
+            return unpack(key, text)
+        except Unreadable:
+            self.counters.add("unreadable")
+            await self.link.call(("UNLINK", self.keys.entry(key)))
+            return None
+
+    def _serve(self, batch: Batch, asks: list[Ask], entry: Entry) -> None:
+        self.counters.add("hit.l2", len(asks))
+        for ask in asks:
+            batch.answer(ask, entry.reply("l2", batch.now_ms))
+
+    async def _join(self, batch: Batch) -> None:
+        """Put what no tier holds aboard a flight; the script acknowledges it."""
+        aboard: list[tuple[Question, list[Ask]]] = []
+        for (question, _), asks in batch.missing.items():
+            if question.mode == "only-if-cached":
+                refusal = error_payload(NotCached("nothing is cached for this request"))
+                self.counters.add("not_cached", len(asks))
+                for ask in asks:
+                    batch.answer(ask, refusal)
+            else:
+                aboard.append((question, asks))
+        results = await self._send(batch, [self._join_command(q, asks, batch.now_ms) for q, asks in aboard])
+        fault_point("lookup_after_join")
+        for (question, asks), result in zip(aboard, results, strict=True):
+            await self._joined(batch, question, asks, result)
+
+    def _join_command(self, question: Question, asks: list[Ask], now_ms: int) -> Command:
+        self._flights += 1
+        first = asks[0]
+        bypass = question.mode == "bypass"
+        token = f"{first.client}.{first.request_id.decode()}" if bypass else f"{self.name}.{self._flights}"
+        spec = {
+            "endpoint": question.endpoint,
+            "model": question.model,
+            "tags": question.tags,
+            "ttl_ms": question.ttl_ms,
+            "cache": orjson.Fragment(first.cache or b"{}"),
+        }
+        oldest = 0 if question.max_age_ms is None else now_ms - question.max_age_ms
+        k, key = self.keys, question.key
+        return SCRIPTS["join"].call(
+            [k.requests, k.fills, k.entry(key), k.flight(key), k.tags, k.waiters(key, "")],
+            [
+                self.group, self.name, key, token, question.mode, oldest, question.ttl_ms, int(question.stores),
+                max(ask.deadline_ms for ask in asks) + _GRACE_MS, self.settings.fill_limit,
+                first.body, orjson.dumps(spec), "\n".join(question.tags),
+                *(part for ask in asks for part in (ask.message_id, waiter(ask.client, ask.request_id))),
+            ],
+        )  # fmt: skip
+
+    async def _joined(self, batch: Batch, question: Question, asks: list[Ask], result: list[Any]) -> None:
+        status = result[0]
+        if status == b"BEGUN":
+            self.counters.add("miss")
+            self.counters.add("collapsed", result[2] - 1)
+        elif status == b"JOINED":
+            self.counters.add("collapsed", result[2])
+        elif status == b"FULL":
+            self.counters.add("overloaded", len(asks))
+            error: MillpondError = Overloaded("the LLM workers' queue is full; try again later", retry_after=1.0)
+            for ask in asks:
+                batch.answer(ask, error_payload(error))
+        elif status == b"HIT" and (entry := await self._open(question.key, result[1])):
+            self._serve(batch, asks, entry)
+        # LOST, or an unreadable entry: nothing was acknowledged; whoever owns the messages joins them again.
+
+
+def _fits(entry: Entry, question: Question, now_ms: int) -> bool:
+    return question.max_age_ms is None or entry.created_ms >= now_ms - question.max_age_ms
+
+
+def _id_order(message_id: bytes) -> tuple[int, int]:
+    ms, seq = message_id.split(b"-")
+    return int(ms), int(seq)
+
+
+async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
+    """Run a lookup worker over every partition until `stop` is set."""
+    await run_crew("lookup", settings, stop, on_ready, LookupConsumer)

@@ -1,0 +1,58 @@
+"""Replies on their way out: one stream entry per client and batch, refused by the server once they are too late."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import orjson
+
+from shared import keys
+from shared.errors import MillpondError
+from shared.link import Command
+from shared.scripts import SCRIPTS
+
+_PAIRS = 256
+
+
+def error_payload(error: MillpondError) -> bytes:
+    """Return the reply payload of an error."""
+    return orjson.dumps({"error": error.to_wire()})
+
+
+class Outbox:
+    """Replies of one batch, by client. A payload goes out once for all the requests it answers in one entry."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._replies: defaultdict[str, list[bytes]] = defaultdict(list)
+
+    def __bool__(self) -> bool:
+        return bool(self._replies)
+
+    def add(self, client: str, request_id: bytes, payload: bytes) -> None:
+        """Answer one request; a client that gave no reply channel ('') gets none."""
+        if client:
+            self._replies[client] += (request_id, payload)
+
+    def add_waiters(self, waiters: Sequence[bytes], first: bytes, rest: bytes) -> None:
+        """Answer everyone aboard a flight: who began it with `first`, who joined with `rest`."""
+        groups: defaultdict[tuple[str, bool], dict[bytes, None]] = defaultdict(dict)
+        for aboard in waiters:
+            client, request_id, joined = aboard.split(b" ")
+            groups[client.decode(), joined == b"1"][request_id] = None
+        for (to, late), ids in groups.items():
+            self._replies[to] += (b" ".join(ids), rest if late else first)
+
+    def commands(self, not_after_ms: int) -> list[Command]:
+        """Return the commands that send everything, unless the server's clock is past `not_after_ms`."""
+        return [
+            SCRIPTS["reply"].call([keys.reply(client)], [not_after_ms, self._limit, *pairs[at : at + 2 * _PAIRS]])
+            for client, pairs in self._replies.items()
+            for at in range(0, len(pairs), 2 * _PAIRS)
+        ]
+
+
+def waiter(client: str, request_id: bytes) -> bytes:
+    """Return how a request stands among a flight's waiters; b'' when nobody waits."""
+    return b"%b %b" % (client.encode(), request_id) if client else b""

@@ -1,0 +1,108 @@
+"""What a worker process does around its consumers.
+
+It settles the deployment, starts one consumer per partition, tells that it is alive, adds up its counters and stops
+in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import orjson
+from redis.exceptions import ResponseError
+
+from shared import keys
+from shared.counters import Counters
+from shared.deployment import settle
+from shared.embedded import resolve_url
+from shared.keys import PartitionKeys
+from shared.link import LINK_ERRORS, Link
+from shared.settings import Settings
+from workers.consumer import Consumer
+
+log = logging.getLogger("millpond.worker")
+
+_BEAT = 1.0
+_BEAT_TTL_MS = 5000
+
+
+@dataclass(slots=True)
+class Crew:
+    """The consumers of one worker process and what they share."""
+
+    kind: str
+    settings: Settings
+    url: str
+    partitions: int
+    #: a fresh name per process life: nobody inherits a dead namesake's pending entries
+    name: str
+    counters: Counters = field(default_factory=Counters)
+
+
+async def run_crew(
+    kind: str,
+    settings: Settings,
+    stop: asyncio.Event,
+    on_ready: Callable[[str], None],
+    consumer: Callable[[Crew, PartitionKeys], Consumer],
+) -> None:
+    """Run one consumer per partition until `stop` is set; then finish or hand back what is in hand.
+
+    Raises:
+        ConfigError: the deployment was born otherwise than this process is configured.
+        Unavailable: no server answers.
+    """
+    url = resolve_url(settings)
+    link = Link(url, name=f"millpond-{kind}-beat")
+    try:
+        partitions = await settle(link, settings.partitions)
+        crew = Crew(kind, settings, url, partitions, f"{kind}-{secrets.token_hex(6)}")
+        consumers = [consumer(crew, PartitionKeys(p)) for p in range(partitions)]
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(c.run()) for c in consumers]
+            beat = tasks.create_task(_beat(crew, link))
+            for c in consumers:
+                await c.ready.wait()
+            on_ready(crew.name)
+            await stop.wait()
+            await asyncio.gather(*(c.stop() for c in consumers))
+            await asyncio.gather(*running)
+            beat.cancel()
+        await _flush(crew, link, farewell=True)
+    finally:
+        await link.close()
+
+
+async def _beat(crew: Crew, link: Link) -> None:
+    while True:
+        await _flush(crew, link)
+        await asyncio.sleep(_BEAT)
+
+
+async def _flush(crew: Crew, link: Link, *, farewell: bool = False) -> None:
+    taken = crew.counters.take()
+    about = {
+        "kind": crew.kind,
+        "name": crew.name,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "partitions": crew.partitions,
+        "seen": time.time(),
+    }
+    name = keys.worker(crew.name)
+    beat: Sequence[str | bytes | int] = (
+        ("DEL", name) if farewell else ("SET", name, orjson.dumps(about), "PX", _BEAT_TTL_MS)
+    )
+    try:
+        await link.send([tuple(beat), *Counters.commands(taken)])
+        # A flushed server forgets its birth; the workers that live on remember it.
+        await settle(link, crew.partitions)
+    except (*LINK_ERRORS, ResponseError) as error:
+        log.debug("no heartbeat: %s", error)

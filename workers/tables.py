@@ -1,0 +1,135 @@
+"""How the operator's commands look on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from workers.dead_letters import Letter
+from workers.doctor import Finding
+from workers.overview import Overview
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_COUNTED = (
+    ("requests", "requests"),
+    ("hit.l1", "answered from L1"),
+    ("hit.l2", "answered from L2"),
+    ("collapsed", "joined a flight"),
+    ("miss", "computed"),
+    ("provider_calls", "provider calls"),
+    ("provider_errors", "provider errors"),
+    ("stored", "stored"),
+    ("not_stored", "not stored"),
+    ("tokens.prompt", "prompt tokens paid"),
+    ("tokens.completion", "completion tokens paid"),
+    ("saved.prompt", "prompt tokens saved"),
+    ("saved.completion", "completion tokens saved"),
+)
+
+
+class EventPrinter:
+    """Prints the supervisor's events, one line each."""
+
+    def __init__(self) -> None:
+        self._console = Console(soft_wrap=True, highlight=False)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Print one event."""
+        self._console.print(_line(event))
+
+
+def _line(event: dict[str, Any]) -> str:
+    detail = escape(str(event.get("detail", "")))
+    match event["event"]:
+        case "ready":
+            line = f"[green]ready[/]    {event['seconds']:.2f} s  {detail}"
+        case "configured":
+            line = f"[green]using[/]    {escape(event['url'])}"
+        case "running":
+            return (
+                f"[bold]All ready after {event['seconds']:.2f} s.[/] Ask from another terminal: "
+                'millpond ask "What is a millpond?"   (Ctrl-C stops)'
+            )
+        case "exited":
+            line = f"[red]ended[/]    {detail}; starts again in {event['restart_in']:g} s"
+        case "error":
+            line = f"[red]error[/]    {detail}"
+        case "killed":
+            line = "[red]killed[/]   it did not finish in time; what it held is taken over after its lease"
+        case "stopping":
+            return "[bold]Stopping[/] (once more: at once)"
+        case other:
+            line = str(other) if not event.get("status") else f"{other}, status {event['status']}"
+    return f"{escape(event['component']):<10} {line}"
+
+
+def show_overview(console: Console, seen: Overview) -> None:
+    """Print counters, queues and workers."""
+    if not seen.partitions:
+        console.print("No worker has started here yet: millpond up")
+        return
+    counters = Table(title="Counters since birth", box=None, title_justify="left")
+    counters.add_column()
+    counters.add_column(justify="right")
+    counters.add_column(justify="right", style="dim")
+    named = dict(_COUNTED)
+    shown = [(name, label) for name, label in _COUNTED if name in seen.counters]
+    shown += [(name, name.replace("_", " ")) for name in seen.counters if name not in named]
+    rates = seen.rates
+    for name, label in shown:
+        share = f"{rates[name]:.1%}" if name in rates else ""
+        counters.add_row(label, f"{seen.counters[name]:,}", share)
+    console.print(counters)
+    console.print(_queues(seen))
+    console.print(_workers(seen))
+
+
+def _queues(seen: Overview) -> Table:
+    table = Table(title="\nQueues", box=None, title_justify="left")
+    for heading in ("partition", "stream", "entries", "in hand", "of dead workers", "not yet read", "consumers"):
+        table.add_column(heading, justify="left" if heading == "stream" else "right")
+    for queue in seen.queues:
+        waiting = "?" if queue.waiting is None else str(queue.waiting)
+        numbers = (queue.length, queue.pending, queue.orphaned, waiting, queue.consumers)
+        table.add_row(str(queue.partition), queue.stream, *map(str, numbers))
+    for partition, lengths in enumerate(seen.lengths):
+        for stream in ("landed", "invalidations", "dead"):
+            table.add_row(str(partition), stream, str(lengths[stream]))
+    return table
+
+
+def _workers(seen: Overview) -> Table:
+    table = Table(title="\nLive workers", box=None, title_justify="left")
+    for heading in ("kind", "name", "host", "pid"):
+        table.add_column(heading)
+    for worker in seen.workers:
+        table.add_row(*(str(worker.get(name, "")) for name in ("kind", "name", "host", "pid")))
+    if not seen.workers:
+        table.add_row("none: millpond up")
+    return table
+
+
+def show_finding(console: Console, finding: Finding) -> None:
+    """Print one line of the doctor's report, and what to do below it."""
+    colour = _COLOURS[finding.level]
+    console.print(f"[{colour}]{finding.level:<5}[/] {finding.subject:<15} {escape(finding.detail)}", highlight=False)
+    if finding.advice and finding.level != "ok":
+        console.print(f"{'':22}→ {escape(finding.advice)}", style="dim", highlight=False)
+
+
+def show_letters(console: Console, found: Sequence[Letter]) -> None:
+    """Print a table of dead letters."""
+    if not found:
+        console.print("No dead letters.")
+        return
+    table = Table(box=None)
+    for heading in ("partition", "id", "stream", "deliveries", "reason"):
+        table.add_column(heading, no_wrap=heading == "id")
+    for letter in found:
+        stream = letter.stream.rpartition(":")[2]
+        table.add_row(str(letter.partition), letter.id, stream, str(letter.deliveries), escape(letter.reason))
+    console.print(table)
