@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 from shared import keys
 from shared.link import LINK_ERRORS, Link
@@ -15,6 +16,9 @@ log = logging.getLogger("millpond.client")
 
 _BLOCK_MS = 1000
 _COUNT = 1000
+#: Seconds between renewals of the channel's life, and entries read before they are trimmed in between.
+_CARE = 1.0
+_TRIM_AFTER = 256
 
 
 class ReplyChannel:
@@ -39,6 +43,8 @@ class ReplyChannel:
         self._renewed = renewed
         self._link = Link(url, name="millpond-client-read")
         self._last = b"0-0"
+        self._untrimmed = 0
+        self._next_care = 0.0
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -71,24 +77,29 @@ class ReplyChannel:
                 pause = min(pause * 2, 1.0)
 
     async def _read_once(self) -> None:
-        # What was read is trimmed, and the channel's life renewed, in the pipeline that waits for more.
-        alive, _, read = await self._link.send(
-            [
-                ("PEXPIRE", self._name, self._ttl_ms),
-                ("XTRIM", self._name, "MINID", self._last),
-                ("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", self._name, self._last),
-            ]
-        )
-        if not alive:
-            await self._create()
-            self._renewed()
-        elif read:
-            deliver = self._deliver
-            for entry_id, fields in read[0][1]:
-                self._last = entry_id
-                for ids, payload in zip(fields[::2], fields[1::2], strict=True):
-                    for request_id in ids.decode().split(" "):
-                        deliver(request_id, payload)
+        read_command = ("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", self._name, self._last)
+        now = asyncio.get_running_loop().time()
+        if self._untrimmed < _TRIM_AFTER and now < self._next_care:
+            (read,) = await self._link.send([read_command])
+        else:
+            trim = ("XTRIM", self._name, "MINID", self._last)
+            alive, _, read = await self._link.send([("PEXPIRE", self._name, self._ttl_ms), trim, read_command])
+            self._untrimmed, self._next_care = 0, now + _CARE
+            if not alive:
+                await self._create()
+                self._renewed()
+                return
+        if read:
+            self._take(read[0][1])
+
+    def _take(self, entries: list[Any]) -> None:
+        deliver = self._deliver
+        self._untrimmed += len(entries)
+        for entry_id, fields in entries:
+            self._last = entry_id
+            for ids, payload in zip(fields[::2], fields[1::2], strict=True):
+                for request_id in ids.decode().split(" "):
+                    deliver(request_id, payload)
 
     async def delete(self, link: Link) -> None:
         """Delete the channel through another link; a dead server is no obstacle to leaving."""

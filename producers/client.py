@@ -117,7 +117,7 @@ class Client:
                 future.set_exception(Unavailable("the client was closed"))
         self._waiting.clear()
         if publisher is not None:
-            await publisher.close()
+            publisher.close()
         if channel is not None:
             await channel.close()
             if link is not None:

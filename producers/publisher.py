@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -17,6 +18,7 @@ from shared.scripts import SCRIPTS
 
 _AT_ONCE = 500
 _RETRY_AFTER = 1.0
+_PAUSE = (0.02, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,47 +43,46 @@ class Publisher:
         self._limit = limit
         self._streams = [PartitionKeys(p).requests for p in range(partitions)]
         self._queue: list[Outgoing] = []
-        self._task: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._flushing: asyncio.Handle | None = None
+        self._pause = _PAUSE[0]
 
     def publish(self, outgoing: Outgoing) -> None:
         """Queue one request. It goes out with all others of this turn of the loop."""
         self._queue.append(outgoing)
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._pump())
+        if self._flushing is None:
+            self._flushing = self._loop.call_soon(self._flush)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Stop; what was not published never will be."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        self._queue.clear()
+        if self._flushing is not None:
+            self._flushing.cancel()
 
-    async def _pump(self) -> None:
-        pause = 0.02
+    def _flush(self) -> None:
+        self._flushing = None
+        queue, self._queue = self._queue, []
+        for partition, part in self._by_partition([o for o in queue if not o.future.done()]):
+            for at in range(0, len(part), _AT_ONCE):
+                sent = part[at : at + _AT_ONCE]
+                self._link.post([self._command(partition, sent)]).add_done_callback(partial(self._published, sent))
+
+    def _published(self, sent: list[Outgoing], reply: asyncio.Future[list[Any]]) -> None:
         try:
-            while self._queue:
-                taken, self._queue = self._queue[:_AT_ONCE], self._queue[_AT_ONCE:]
-                waiting = [outgoing for outgoing in taken if not outgoing.future.done()]
-                try:
-                    await self._send(waiting)
-                    pause = 0.02
-                except LINK_ERRORS:
-                    # The command may have run. Published again it is answered again, and the client drops the repeat.
-                    self._queue = waiting + self._queue
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-                    pause = min(pause * 2, 1.0)
-                except RedisError as error:
-                    refusal = Unavailable(f"the server refused the request: {error}; `millpond doctor` says more")
-                    _refuse(waiting, refusal)
-        finally:
-            self._task = None
-
-    async def _send(self, waiting: list[Outgoing]) -> None:
-        parts = self._by_partition(waiting)
-        accepted = await self._link.send([self._command(p, part) for p, part in parts])
-        for (_, part), count in zip(parts, accepted, strict=True):
-            if count < len(part):
-                full = f"{self._limit} requests are waiting already: try again later, or run more lookup workers"
-                _refuse(part[count:], Overloaded(full, retry_after=_RETRY_AFTER))
+            (accepted,) = reply.result()
+        except LINK_ERRORS:
+            # The command may have run. Published again it is answered again, and the client drops the repeat.
+            self._queue += sent
+            if self._flushing is None:
+                self._flushing = self._loop.call_later(self._pause * random.uniform(0.5, 1.5), self._flush)
+            self._pause = min(self._pause * 2, _PAUSE[1])
+            return
+        self._pause = _PAUSE[0]
+        if isinstance(accepted, RedisError):
+            _refuse(sent, Unavailable(f"the server refused the request: {accepted}; `millpond doctor` says more"))
+        elif accepted < len(sent):
+            full = f"{self._limit} requests are waiting already: try again later, or run more lookup workers"
+            _refuse(sent[accepted:], Overloaded(full, retry_after=_RETRY_AFTER))
 
     def _by_partition(self, waiting: list[Outgoing]) -> list[tuple[int, list[Outgoing]]]:
         if self.partitions == 1:

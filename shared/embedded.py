@@ -24,7 +24,7 @@ import subprocess  # its whole purpose is to run a server binary
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -38,6 +38,11 @@ START_TIMEOUT = 15.0
 #: How long a server may take to read a long append-only file before it answers.
 LOAD_TIMEOUT = 300.0
 STOP_TIMEOUT = 15.0
+#: PR_SET_PDEATHSIG outlives the exec; the parent may have died before it was set.
+_TETHER = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, int(sys.argv[1])); "
+    "os.getppid() == int(sys.argv[2]) or os._exit(1); os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 def find_binary() -> Path:
@@ -62,19 +67,27 @@ def find_binary() -> Path:
     )
 
 
-def die_with_parent(term: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
-    """Return a `preexec_fn`: the kernel sends `term` to the child when its parent dies. None off Linux.
+def tethered(command: Sequence[str], end: signal.Signals = signal.SIGTERM) -> list[str]:
+    """Return the command such that the kernel sends it `end` when its parent dies; unchanged off Linux.
 
-    The parent is the *thread* that forks: start children from one that lives as long as they should.
+    The process id stays the command's own. The parent is the *thread* that starts it: use one that lives as long as
+    the child should. (A launcher, not a `preexec_fn`: running Python between fork and exec is unsafe with threads.)
     """
+    if not sys.platform.startswith("linux"):
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _TETHER, str(int(end)), str(os.getpid()), *command]
+
+
+def die_with_parent(end: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
+    """Return a `preexec_fn` with the effect of `tethered`, which is the safer way; None off Linux."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # resolved here: no import and no lock after the fork
     parent = os.getpid()
 
     def arm() -> None:
-        prctl(1, int(term))  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before the call above
+        prctl(1, int(end))
+        if os.getppid() != parent:
             os._exit(1)
 
     return arm
@@ -87,13 +100,13 @@ class EmbeddedRedis:
     """
 
     def __init__(
-        self, data_dir: Path, *, ephemeral: bool, binary: Path, options: Mapping[str, str], own_death: bool
+        self, data_dir: Path, *, ephemeral: bool, binary: Path, options: Mapping[str, str], die_with_caller: bool
     ) -> None:
         self.data_dir = data_dir
         self.ephemeral = ephemeral
         self.binary = binary
         self._options = dict(options)
-        self._own_death = own_death
+        self._tethered = die_with_caller
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: list[Path] = []
         self.socket = data_dir / "redis" / "redis.sock"
@@ -172,12 +185,11 @@ class EmbeddedRedis:
         output = self.data / "output.log"
         with output.open("wb") as sink:
             self._process = subprocess.Popen(  # noqa: S603 - our own argv, no shell
-                self._arguments(),
+                tethered(self._arguments()) if self._tethered else self._arguments(),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,  # a Ctrl-C is for the supervisor, which stops the server last
-                preexec_fn=die_with_parent() if self._own_death else None,
             )
         self._await_ready(output)
         record = {"url": self.url, "pid": self._process.pid, "socket": str(self.socket)}
@@ -261,7 +273,7 @@ def start(
         ephemeral=ephemeral,
         binary=binary or find_binary(),
         options=options or {},
-        own_death=die_with_caller,
+        die_with_caller=die_with_caller,
     )
 
 

@@ -1,20 +1,22 @@
-"""One Redis connection that pipelines whatever is sent to it while it is busy.
+"""One Redis connection on which everything is pipelined.
 
-redis-py makes the connection (URLs, TLS, authentication); a `Link` adds what its pipelines cost too much for: many
-callers share one write and one read, without an object per command. A cancelled caller leaves the connection in step,
-because only the link's own task reads from it. Blocking reads get a link of their own.
+redis-py makes the connection (URLs, TLS, authentication, name, database); a `Link` then speaks on its transport
+itself, because a redis-py call costs more than the command it sends. Commands go out at once, replies resolve futures
+in order, no task and no lock stand between. A cancelled caller leaves the connection in step. Blocking reads get a
+link of their own: whatever is posted behind one waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import hiredis
 from redis.asyncio.connection import Connection, ConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.scripts import SCRIPTS
@@ -24,37 +26,66 @@ Command = tuple[Any, ...]
 #: What a caller may see when the connection is lost; the command may or may not have run.
 LINK_ERRORS = (RedisConnectionError, RedisTimeoutError, OSError)
 
-_WIDEST = 2000
+_CONNECT_TIMEOUT = 5.0
 _LOADING = [("SCRIPT", "LOAD", script.source) for script in SCRIPTS.values()]
+#: Error replies that say "not this connection, not now" rather than "not this command".
+_PASSING = ("NOSCRIPT", "LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN")
 
 
-class Link:
+class _Posted:
+    """Commands posted together, and as many of their replies as have come."""
+
+    __slots__ = ("commands", "expected", "future", "replies", "since")
+
+    def __init__(self, commands: Sequence[Command], future: asyncio.Future[list[Any]], since: float) -> None:
+        self.commands = commands
+        self.expected = len(commands)
+        self.future = future
+        self.replies: list[Any] = []
+        self.since = since
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Link(asyncio.Protocol):
     """A pipelining connection to one Redis server.
 
     `reply_timeout` (seconds) bounds one round trip; a blocking read must ask for less than that.
     """
 
     def __init__(self, url: str, *, name: str = "millpond", reply_timeout: float = 15.0) -> None:
-        pool: ConnectionPool = ConnectionPool.from_url(url, client_name=name, socket_connect_timeout=5.0)
-        self._connection: Connection = pool.make_connection()
+        self._pool: ConnectionPool = ConnectionPool.from_url(
+            url, client_name=name, socket_connect_timeout=_CONNECT_TIMEOUT
+        )
         self._reply_timeout = reply_timeout
-        self._queue: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = []
-        self._pump: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._connection: Connection | None = None
+        self._transport: asyncio.Transport | None = None
+        self._reader = hiredis.Reader()
+        self._sent: deque[_Posted] = deque()
+        self._unsent: list[_Posted] = []
+        self._connecting: asyncio.Task[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None
         self._closed = False
 
     def post(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
-        """Queue commands, to run in order and adjacent; the future yields their replies.
+        """Send commands, to run in order and adjacent; the future yields their replies.
 
         A reply may be a `ResponseError` object: one command's failure does not hide the others' replies. The future
         raises one of `LINK_ERRORS` when the connection was lost, or never came about.
         """
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        if self._closed:
-            future.set_exception(RedisConnectionError("this link is closed"))
-            return future
-        self._queue.append((commands, future))
-        if self._pump is None:
-            self._pump = asyncio.create_task(self._drain())
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        posted = _Posted(commands, future, self._loop.time())
+        if self._transport is not None:
+            self._write(posted)
+        elif self._closed:
+            posted.fail(RedisConnectionError("this link is closed"))
+        else:
+            self._unsent.append(posted)
+            if self._connecting is None:
+                self._connecting = self._loop.create_task(self._connect())
         return future
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
@@ -72,70 +103,97 @@ class Link:
     async def close(self) -> None:
         """Close the connection; whoever still waits gets a connection error."""
         self._closed = True
-        if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.gather(self._pump, return_exceptions=True)
-        self._fail(self._take(), RedisConnectionError("this link is closed"))
-        await self._connection.disconnect(nowait=True)
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        self._lose(RedisConnectionError("this link is closed"))
 
-    def _take(self) -> list[tuple[Sequence[Command], asyncio.Future[list[Any]]]]:
-        taken, self._queue = self._queue, []
-        return taken
-
-    @staticmethod
-    def _fail(work: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]], error: BaseException) -> None:
-        for _, future in work:
-            if not future.done():
-                future.set_exception(error)
-
-    async def _drain(self) -> None:
-        work: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = []
+    def _write(self, posted: _Posted) -> None:
+        assert self._transport is not None  # noqa: S101 (both callers looked)
         try:
-            while self._queue:
-                work = self._take()
-                try:
-                    async with asyncio.timeout(self._reply_timeout):
-                        await self._exchange(work)
-                except Exception as error:
-                    # Bytes may be on their way: the connection is never reused out of step.
-                    await self._connection.disconnect(nowait=True)
-                    self._fail(work, error)
-        except asyncio.CancelledError:
-            self._fail(work, RedisConnectionError("this link is closed"))
-            raise
-        finally:
-            self._pump = None
-
-    async def _exchange(self, work: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]]) -> None:
-        if not self._connection.is_connected:
-            await self._connection.connect()
-            await self._round_trip(_LOADING)
-        if len(work) == 1:
-            commands, future = work[0]
-            replies = await self._round_trip(commands)
-            if not future.done():
-                future.set_result(replies)
+            packed = [hiredis.pack_command(command) for command in posted.commands]
+        except Exception as error:
+            posted.fail(error)
             return
-        for at in range(0, len(work), _WIDEST):
-            part = work[at : at + _WIDEST]
-            replies = await self._round_trip([command for commands, _ in part for command in commands])
-            start = 0
-            for commands, future in part:
-                stop = start + len(commands)
-                if not future.done():
-                    future.set_result(replies[start:stop])
-                start = stop
+        if not packed:
+            posted.future.set_result([])
+            return
+        self._sent.append(posted)
+        self._transport.write(packed[0] if len(packed) == 1 else b"".join(packed))
+        if self._watch is None:
+            self._watch = self._loop.call_later(self._reply_timeout, self._look_at_watch)
 
-    async def _round_trip(self, commands: Sequence[Command]) -> list[Any]:
-        connection = self._connection
-        await connection.send_packed_command([hiredis.pack_command(c) for c in commands], check_health=False)
-        replies = []
-        for _ in commands:
-            try:
-                replies.append(await connection.read_response())
-            except NoScriptError as error:
-                # SCRIPT FLUSH: reconnecting loads the scripts again, and the caller tries again as after any cut.
-                raise RedisConnectionError("the server lost its scripts") from error
-            except ResponseError as error:
-                replies.append(error)
-        return replies
+    async def _connect(self) -> None:
+        try:
+            connection = self._pool.make_connection()
+            async with asyncio.timeout(_CONNECT_TIMEOUT + 1):
+                await connection.connect()
+            # The handshake is over and its replies are read: from here on the transport is ours.
+            assert connection._writer is not None  # noqa: S101 (connected)
+            self._connection = connection
+            self._transport = connection._writer.transport
+            self._reader = hiredis.Reader(replyError=_error)
+            self._transport.set_protocol(self)
+            self._transport.resume_reading()
+        except (RedisError, OSError) as error:
+            self._lose(error)
+            return
+        finally:
+            self._connecting = None
+        unsent, self._unsent = self._unsent, []
+        self._write(_Posted(_LOADING, self._loop.create_future(), self._loop.time()))
+        for posted in unsent:
+            self._write(posted)
+
+    # asyncio.Protocol
+
+    def data_received(self, data: bytes) -> None:
+        """Resolve whatever these bytes complete."""
+        reader, sent = self._reader, self._sent
+        try:
+            reader.feed(data)
+            while (reply := reader.gets()) is not False:
+                if isinstance(reply, RedisConnectionError):
+                    self._lose(reply)
+                    return
+                posted = sent[0]
+                posted.replies.append(reply)
+                if len(posted.replies) == posted.expected:
+                    sent.popleft()
+                    if not posted.future.done():
+                        posted.future.set_result(posted.replies)
+        except (hiredis.ProtocolError, IndexError) as error:
+            self._lose(RedisConnectionError(f"the server's reply is not understood: {error!r}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail whoever waits; the next post connects again."""
+        self._lose(RedisConnectionError(f"the connection to Redis was lost ({exc or 'closed by the server'})"))
+
+    def _lose(self, error: BaseException) -> None:
+        connection, transport = self._connection, self._transport
+        self._connection = self._transport = None
+        if connection is not None and transport is not None:
+            transport.abort()
+            connection._reader = connection._writer = None
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        waiting = [*self._sent, *self._unsent]
+        self._sent.clear()
+        self._unsent.clear()
+        for posted in waiting:
+            posted.fail(error)
+
+    def _look_at_watch(self) -> None:
+        self._watch = None
+        if not self._sent:
+            return
+        left = self._sent[0].since + self._reply_timeout - self._loop.time()
+        if left <= 0:
+            self._lose(RedisTimeoutError(f"no reply within {self._reply_timeout:g} s"))
+        else:
+            self._watch = self._loop.call_later(left, self._look_at_watch)
+
+
+def _error(text: str) -> Exception:
+    return RedisConnectionError(text) if text.startswith(_PASSING) else ResponseError(text)

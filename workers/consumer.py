@@ -42,9 +42,9 @@ class StateLost(Exception):
     """A stream or its group vanished: the server was flushed, or failed over to an empty replica."""
 
 
-def messages_of(raw: Iterable[Any], deliveries: int = 1) -> list[Message]:
-    """Return the messages of a reply to XREADGROUP (one stream's part), XCLAIM or XRANGE; trimmed ones are left out."""
-    return [Message(e[0], dict(zip(e[1][::2], e[1][1::2], strict=True)), deliveries) for e in raw if e and e[1]]
+def messages_of(raw: Iterable[Any]) -> list[Message]:
+    """Return the messages of a reply to XREADGROUP (one stream's part) or XRANGE; trimmed ones are left out."""
+    return [Message(e[0], dict(zip(e[1][::2], e[1][1::2], strict=True))) for e in raw if e[1]]
 
 
 def server_ms(reply: Any) -> int:
@@ -67,6 +67,7 @@ class Consumer(ABC):
         self.reading = Link(url, name=f"millpond-{self.group}-read")
         self.ready = asyncio.Event()
         self.stopping = False
+        self._blocked = False
         self._cursors: dict[str, bytes] = {}
         self._next_reclaim = 0.0
         self._next_dismissal = 0.0
@@ -155,7 +156,8 @@ class Consumer(ABC):
     async def stop(self) -> None:
         """End the loop: break off a blocking read; a batch in hand is finished."""
         self.stopping = True
-        await self.reading.close()
+        if self._blocked:
+            await self.reading.close()
 
     async def _leave(self) -> None:
         try:
@@ -171,6 +173,7 @@ class Consumer(ABC):
                     )
         except (*LINK_ERRORS, ResponseError) as error:
             log.warning("%s: could not hand back (%s); the lease will", self.name, error)
+        await self.reading.close()
         await self.link.close()
 
     @staticmethod
@@ -183,6 +186,14 @@ class Consumer(ABC):
         """Return the XREADGROUP for new messages; `block` in seconds, None not at all."""
         wait = () if block is None else ("BLOCK", max(1, int(block * 1000)))
         return ("XREADGROUP", "GROUP", self.group, self.name, "COUNT", count, *wait, "STREAMS", stream, ">")
+
+    async def read(self, commands: list[Command]) -> list[Any]:
+        """Run a pipeline that blocks, on the connection kept for it; the replies, checked."""
+        self._blocked = True
+        try:
+            return self.checked(await self.reading.post(commands))
+        finally:
+            self._blocked = False
 
     @staticmethod
     def checked(replies: list[Any]) -> list[Any]:
@@ -242,33 +253,37 @@ class Consumer(ABC):
                 await self._bury(stream, message_id, deliveries)
             elif deliveries > 1:
                 # It may be what killed its workers: delivered alone, it can take no innocent message with it.
-                await self._claim(stream, [message_id], deliveries + 1)
+                await self._redeliver(stream, [message_id], counted=True)
             else:
                 fresh.append(message_id)
         if fresh:
-            await self._claim(stream, fresh, 2)
+            await self._redeliver(stream, fresh, counted=True)
 
-    async def _claim(self, stream: str, ids: list[bytes], deliveries: int) -> None:
-        # This XCLAIM counts the delivery, before anything of the message is parsed.
-        (raw,) = self.checked(await self.link.post([("XCLAIM", stream, self.group, self.name, 0, *ids)]))
-        if messages := messages_of(raw, deliveries):
+    async def _redeliver(self, stream: str, ids: list[bytes], *, counted: bool) -> None:
+        # Counted before anything of a message is parsed.
+        command = SCRIPTS["redeliver"].call([stream], [self.group, self.name, int(counted), *ids])
+        raw = await self.link.call(command)
+        messages = [Message(e[0], dict(zip(e[1][::2], e[1][1::2], strict=True)), e[2]) for e in raw]
+        if messages:
             await self.handle_reclaimed(stream, messages)
 
     async def _bury(self, stream: str, message_id: bytes, deliveries: int) -> None:
         found = await self.link.call(("XRANGE", stream, message_id, message_id))
-        for message in messages_of(found, deliveries):
+        for message in messages_of(found):
             await self.tell_poisoned(stream, message)
         await self.bury(stream, message_id, f"delivered {deliveries} times without an outcome", deliveries)
 
     async def bury(self, stream: str, message_id: bytes, reason: str, deliveries: int) -> None:
         """Move a message to the dead letters."""
-        log.error("%s: buried %s of %s: %s", self.name, message_id.decode(), stream, reason)
+        await self.link.call(self.bury_command(stream, message_id, reason, deliveries))
+
+    def bury_command(self, stream: str, message_id: bytes, reason: str, deliveries: int) -> Command:
+        """Return the command that moves a message to the dead letters, counted and logged."""
+        log.error("%s: burying %s of %s: %s", self.name, message_id.decode(), stream, reason)
         self.counters.add("dead")
-        await self.link.call(
-            SCRIPTS["bury"].call(
-                [stream, self.keys.dead],
-                [self.group, self.name, message_id, reason, deliveries, self.settings.dead_limit],
-            )
+        return SCRIPTS["bury"].call(
+            [stream, self.keys.dead],
+            [self.group, self.name, message_id, reason, deliveries, self.settings.dead_limit],
         )
 
     async def _recover_own(self) -> None:
@@ -277,23 +292,10 @@ class Consumer(ABC):
             (pending,) = self.checked(
                 await self.link.post([("XPENDING", stream, self.group, "-", "+", 10_000, self.name)])
             )
-            deliveries = {entry[0]: entry[3] for entry in pending if not self.in_hand(entry[0])}
-            for at in range(0, len(deliveries), _RECLAIM_COUNT):
-                ids = list(deliveries)[at : at + _RECLAIM_COUNT]
-                # A cut connection is no failed delivery: renewed with JUSTID and read without a count.
-                replies = self.checked(
-                    await self.link.post(
-                        [
-                            ("XCLAIM", stream, self.group, self.name, 0, *ids, "JUSTID"),
-                            *(("XRANGE", stream, i, i) for i in ids),
-                        ]
-                    )
-                )
-                messages = messages_of(entry for found in replies[1:] for entry in found)
-                for message in messages:
-                    message.deliveries = deliveries[message.id]
-                if messages:
-                    await self.handle_reclaimed(stream, messages)
+            ids = [entry[0] for entry in pending if not self.in_hand(entry[0])]
+            for at in range(0, len(ids), _RECLAIM_COUNT):
+                # A cut connection is no failed delivery.
+                await self._redeliver(stream, ids[at : at + _RECLAIM_COUNT], counted=False)
 
     async def _dismiss_dead(self, stream: str) -> None:
         (consumers,) = self.checked(await self.link.post([("XINFO", "CONSUMERS", stream, self.group)]))

@@ -97,7 +97,7 @@ class LLMConsumer(Consumer):
 
     async def _read(self, stream: str, block: float | None) -> bool:
         commands = [self.read_command(stream, self.room(), block=block), ("TIME",)]
-        read, now = self.checked(await self.reading.post(commands))
+        read, now = await self.read(commands)
         fault_point("llm_after_read")
         messages = messages_of(read[0][1]) if read else []
         for message in messages:
@@ -251,11 +251,12 @@ class LLMConsumer(Consumer):
         meta, packed = pack(body, model=fill.model, compute_ms=compute_ms, compress_above=self.settings.compress_above)
         k, key, token = self.keys, fill.key, fill.token
         names = [
-            fill.stream, k.entry(key), k.flight(key), k.waiters(key, token), k.outcome(key, token), k.tags, k.landed
+            fill.stream, k.entry(key), k.flight(key), k.waiters(key, token), k.outcome(key, token), k.tags, k.landed,
+            k.invalidations,
         ]  # fmt: skip
         args: list[Arg] = [
             self.group, self.name, fill.id, key, token, fill.epoch, fill.tags, fill.ttl_ms,
-            gate, _OUTCOME_MS, meta, packed,
+            gate, _OUTCOME_MS, meta, packed, self.settings.invalidation_limit,
         ]  # fmt: skip
         reply = await self._write(SCRIPTS["land"].call(names, args))
         if reply[0] == b"DONE":

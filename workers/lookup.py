@@ -8,6 +8,7 @@ acknowledged in the same step.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,7 +30,10 @@ from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.outbox import Outbox, error_payload, waiter
 from workers.runtime import Crew, run_crew
 
-_BATCH = 256
+log = logging.getLogger("millpond.worker")
+
+# Smaller than what one client may have waiting: it reads the first replies while the next requests are answered.
+_BATCH = 64
 _REMEMBERED = 4096
 _REMEMBER_UP_TO = 8192
 _GRACE_MS = 5000
@@ -56,6 +60,11 @@ class Batch:
     not_after_ms: int
     outbox: Outbox
     answered: list[bytes] = field(default_factory=list)
+    #: requests of other partitions: the commands that hand them over, and the messages to retire once they did
+    moves: list[Command] = field(default_factory=list)
+    moved: list[bytes] = field(default_factory=list)
+    #: dead letters and unreadable entries to do away with
+    chores: list[Command] = field(default_factory=list)
     missing: dict[tuple[Question, bytes], list[Ask]] = field(default_factory=dict)
 
     def answer(self, ask: Ask, payload: bytes) -> None:
@@ -77,6 +86,8 @@ class LookupConsumer(Consumer):
         self.l1 = L1(entries=settings.l1_entries // crew.partitions, size=settings.l1_bytes // crew.partitions)
         self._understand_again = lru_cache(_REMEMBERED)(self._understand)
         self._log_at = b""
+        #: replies on their way, with the messages they answer; then, confirmed, the messages to retire
+        self._unconfirmed: dict[asyncio.Future[list[Any]], list[bytes]] = {}
         self._retiring: list[bytes] = []
         self._flights = 0
 
@@ -92,17 +103,17 @@ class LookupConsumer(Consumer):
 
     def in_hand(self, message_id: bytes) -> bool:
         """Answered already, and about to be retired."""
-        return message_id in self._retiring
+        return message_id in self._retiring or any(message_id in ids for ids in self._unconfirmed.values())
 
     async def prepare(self) -> None:
         """Create the group; begin to follow the invalidation log at its end, with nothing in L1."""
         await super().prepare()
-        log = self.keys.invalidations
-        (newest,) = await self.link.send([("XREVRANGE", log, "+", "-", "COUNT", 1)])
+        feed = self.keys.invalidations
+        (newest,) = await self.link.send([("XREVRANGE", feed, "+", "-", "COUNT", 1)])
         if newest:
             at = newest[0][0]
         else:  # a log is never empty, so that a follower can tell "nothing new" from "gone"
-            at = await self.link.call(SCRIPTS["invalidate"].call([log, self.keys.tags], ["genesis", 1000]))
+            at = await self.link.call(SCRIPTS["invalidate"].call([feed, self.keys.tags], ["genesis", 1000]))
         if at != self._log_at:
             self.l1.clear()
             self._log_at = at
@@ -111,6 +122,7 @@ class LookupConsumer(Consumer):
         """What was cached belonged to the state that vanished."""
         self.l1.clear()
         self._log_at = b""
+        self._unconfirmed.clear()
         self._retiring.clear()
 
     # one turn
@@ -129,38 +141,37 @@ class LookupConsumer(Consumer):
 
     async def turn(self) -> None:
         """Retire what was answered, read requests and invalidations in one pipeline, answer."""
-        retiring = self._retiring
+        retiring = self._retire_commands()
         commands = [
+            *retiring,
             self.read_command(self.keys.requests, _BATCH, block=self.tick),
             self._log_command(),
             ("TIME",),
         ]
-        if retiring:
-            commands.insert(0, self._retire_command(retiring))
-        read, log, time = self.checked(await self.reading.post(commands))[-3:]
-        self._retiring = []
+        count = len(self._retiring)
+        read, log, time = (await self.read(commands))[len(retiring) :]
+        del self._retiring[:count]
         self._follow(log)
         if read:
             await self._handle(messages_of(read[0][1]), server_ms(time))
 
-    def _retire_command(self, ids: list[bytes]) -> Command:
-        return SCRIPTS["retire"].call([self.keys.requests], [self.group, self.name, *sorted(ids, key=_id_order)])
-
-    async def _flush_retiring(self) -> None:
-        if self._retiring:
-            await self.link.call(self._retire_command(self._retiring))
-            self._retiring = []
+    def _retire_commands(self) -> list[Command]:
+        if not self._retiring:
+            return []
+        ids = sorted(self._retiring, key=_id_order)
+        return [SCRIPTS["retire"].call([self.keys.requests], [self.group, self.name, *ids])]
 
     async def drain(self) -> None:
         """Retire what was answered."""
-        await self._flush_retiring()
+        if self._unconfirmed:
+            await asyncio.wait(self._unconfirmed, timeout=self.lease)
+        await self.link.send(self._retire_commands())
 
     async def handle_reclaimed(self, stream: str, messages: list[Message]) -> None:
         """As new ones, after catching up with the log."""
         log, time = self.checked(await self.link.post([self._log_command(), ("TIME",)]))
         self._follow(log)
         await self._handle(messages, server_ms(time))
-        await self._flush_retiring()
 
     async def tell_poisoned(self, stream: str, message: Message) -> None:
         """Reply with `Poisoned`."""
@@ -177,40 +188,60 @@ class LookupConsumer(Consumer):
         fault_point("lookup_after_read")
         self.counters.add("requests", len(messages))
         for message in messages:
-            await self._sort(batch, message)
+            self._sort(batch, message)
         fault_point("lookup_before_reply")
         if batch.missing:
             await self._look_in_l2(batch)
-        if batch.missing:
+        if batch.missing or batch.chores:
             await self._join(batch)
         await self._send(batch)
+        if batch.moves:
+            await self.link.send(batch.moves)
+            self._retiring += batch.moved
 
     async def _send(self, batch: Batch, extra: list[Command] | None = None) -> list[Any]:
-        """Send the replies so far, and `extra` behind them; let what was answered be retired at the next read."""
-        sending = batch.outbox.commands(batch.not_after_ms)
-        replies = self.checked(await self.link.post([*sending, *(extra or ())])) if sending or extra else []
+        """Post the replies so far, `extra` behind them; wait only for `extra`, and return its replies.
+
+        What was answered is retired once its replies are known to have been sent. They go out on the reading
+        connection, which nothing blocks while a batch is in hand: ahead of the next read, in one write with it.
+        """
+        replies = batch.outbox.commands(batch.not_after_ms)
+        answered, batch.answered, batch.outbox = batch.answered, [], Outbox(self.settings.reply_limit)
+        if replies:
+            posted = self.reading.post(replies)
+            self._unconfirmed[posted] = answered
+            posted.add_done_callback(self._confirm)
+        else:
+            self._retiring += answered
         fault_point("lookup_after_reply")
-        if -1 not in replies[: len(sending)]:
-            self._retiring += batch.answered
-        # else: paused past the lease. Whoever holds the messages now answers them; nothing may be retired here.
-        batch.answered, batch.outbox = [], Outbox(self.settings.reply_limit)
-        return replies[len(sending) :]
+        return self.checked(await self.reading.post(extra)) if extra else []
+
+    def _confirm(self, posted: asyncio.Future[list[Any]]) -> None:
+        answered = self._unconfirmed.pop(posted, [])
+        if posted.cancelled() or posted.exception() is not None:
+            return  # cut: what was pending is recovered, and answered again
+        bad = [reply for reply in posted.result() if isinstance(reply, Exception) or reply < 0]
+        if bad:
+            # Paused past the lease, or refused by the server: whoever holds the messages next answers them.
+            log.warning("%s: replies were not sent (%s)", self.name, bad[0])
+        else:
+            self._retiring += answered
 
     # reading a message
 
     def _understand(self, body: bytes, cache: bytes | None) -> Question:
         return understand(body, cache, self.rules)
 
-    async def _sort(self, batch: Batch, message: Message) -> None:
+    def _sort(self, batch: Batch, message: Message) -> None:
         """Answer a request from L1, or put it with the missing."""
         try:
             ask = self._read(message)
         except InvalidRequest as error:
-            await self._refuse(batch, message, error)
+            self._refuse(batch, message, error)
             return
         question = ask.question
         if partition_of(question.key, self.partitions) != self.keys.partition:
-            await self._hand_over(batch, message, question.key)
+            self._hand_over(batch, message, question.key)
         elif ask.deadline_ms <= batch.now_ms:
             self.counters.add("expired")
             batch.answer(
@@ -248,7 +279,7 @@ class LookupConsumer(Consumer):
         question = self._understand_again(body, cache) if known else self._understand(body, cache)
         return Ask(message.id, request_id, client, deadline_ms, body, cache, question)
 
-    async def _refuse(self, batch: Batch, message: Message, error: InvalidRequest) -> None:
+    def _refuse(self, batch: Batch, message: Message, error: InvalidRequest) -> None:
         """Say what is wrong to whoever asked; without a reply channel it is a dead letter."""
         self.counters.add("invalid")
         client, request_id = message.fields.get(b"reply", b""), message.fields.get(b"id", b"")
@@ -256,17 +287,18 @@ class LookupConsumer(Consumer):
             label(client.decode(), "reply")
             label(request_id.decode(), "id")
         except (InvalidRequest, UnicodeDecodeError):
-            await self.bury(self.keys.requests, message.id, f"{error.field}: {error.message}", message.deliveries)
+            reason = f"{error.field}: {error.message}"
+            batch.chores.append(self.bury_command(self.keys.requests, message.id, reason, message.deliveries))
             return
         batch.outbox.add(client.decode(), request_id, error_payload(error))
         batch.answered.append(message.id)
 
-    async def _hand_over(self, batch: Batch, message: Message, key: str) -> None:
+    def _hand_over(self, batch: Batch, message: Message, key: str) -> None:
         """Move a request to the partition its key belongs to: epochs mean nothing outside one partition's log."""
         target = PartitionKeys(partition_of(key, self.partitions)).requests
         self.counters.add("handed_over")
-        await self.link.call(("XADD", target, "*", *(part for pair in message.fields.items() for part in pair)))
-        batch.answered.append(message.id)
+        batch.moves.append(("XADD", target, "*", *(part for pair in message.fields.items() for part in pair)))
+        batch.moved.append(message.id)
 
     # the tiers below
 
@@ -284,18 +316,18 @@ class LookupConsumer(Consumer):
         for (question, asks), text in zip(asked, found, strict=True):
             if isinstance(text, int):
                 self.counters.add(("absent", "invalidated", "unreadable")[text], len(asks) if not text else 1)
-            elif entry := await self._open(question.key, text):
+            elif entry := self._open(batch, question.key, text):
                 self.l1.put(entry, clock=clock)
                 if _fits(entry, question, batch.now_ms):
                     self._serve(batch, asks, entry)
                     batch.missing.pop((question, b""))
 
-    async def _open(self, key: str, text: bytes) -> Entry | None:
+    def _open(self, batch: Batch, key: str, text: bytes) -> Entry | None:
         try:
             return unpack(key, text)
         except Unreadable:
             self.counters.add("unreadable")
-            await self.link.call(("UNLINK", self.keys.entry(key)))
+            batch.chores.append(("UNLINK", self.keys.entry(key)))
             return None
 
     def _serve(self, batch: Batch, asks: list[Ask], entry: Entry) -> None:
@@ -314,10 +346,11 @@ class LookupConsumer(Consumer):
                     batch.answer(ask, refusal)
             else:
                 aboard.append((question, asks))
-        results = await self._send(batch, [self._join_command(q, asks, batch.now_ms) for q, asks in aboard])
+        joins = [self._join_command(question, asks, batch.now_ms) for question, asks in aboard]
+        results = await self._send(batch, [*batch.chores, *joins])
         fault_point("lookup_after_join")
-        for (question, asks), result in zip(aboard, results, strict=True):
-            await self._joined(batch, question, asks, result)
+        for (question, asks), result in zip(aboard, results[len(batch.chores) :], strict=True):
+            self._joined(batch, question, asks, result)
 
     def _join_command(self, question: Question, asks: list[Ask], now_ms: int) -> Command:
         self._flights += 1
@@ -343,7 +376,7 @@ class LookupConsumer(Consumer):
             ],
         )  # fmt: skip
 
-    async def _joined(self, batch: Batch, question: Question, asks: list[Ask], result: list[Any]) -> None:
+    def _joined(self, batch: Batch, question: Question, asks: list[Ask], result: list[Any]) -> None:
         status = result[0]
         if status == b"BEGUN":
             self.counters.add("miss")
@@ -355,7 +388,7 @@ class LookupConsumer(Consumer):
             error: MillpondError = Overloaded("the LLM workers' queue is full; try again later", retry_after=1.0)
             for ask in asks:
                 batch.answer(ask, error_payload(error))
-        elif status == b"HIT" and (entry := await self._open(question.key, result[1])):
+        elif status == b"HIT" and (entry := self._open(batch, question.key, result[1])):
             self._serve(batch, asks, entry)
         # LOST, or an unreadable entry: nothing was acknowledged; whoever owns the messages joins them again.
 

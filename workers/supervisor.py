@@ -173,12 +173,11 @@ class _Supervisor:
         if kind == "llm" and self._plan.concurrency is not None:
             arguments += ["--concurrency", str(self._plan.concurrency)]
         process = await asyncio.create_subprocess_exec(
-            *arguments,
+            *embedded.tethered(arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             env=os.environ | {"MILLPOND_REDIS_URL": self._url},
             start_new_session=True,  # a Ctrl-C reaches the supervisor alone, which stops them in order
-            preexec_fn=embedded.die_with_parent(),
         )
         self._running[name] = process
         if self._stop.is_set():

@@ -91,7 +91,7 @@ def show_overview(console: Console, seen: Overview) -> None:
 def _queues(seen: Overview) -> Table:
     table = Table(title="\nQueues", box=None, title_justify="left")
     for heading in ("partition", "stream", "entries", "in hand", "of dead workers", "not yet read", "consumers"):
-        table.add_column(heading, justify="left" if heading == "stream" else "right")
+        table.add_column(heading, justify="left" if heading == "stream" else "right", no_wrap=heading == "stream")
     for queue in seen.queues:
         waiting = "?" if queue.waiting is None else str(queue.waiting)
         numbers = (queue.length, queue.pending, queue.orphaned, waiting, queue.consumers)

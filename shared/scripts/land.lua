@@ -1,7 +1,7 @@
 -- land: publish a flight's answer, once, by the worker that owns its fill.
--- KEYS  1 fills (or refreshes), 2 entry:K, 3 flight:K, 4 waiters:K:T, 5 outcome:K:T, 6 tags, 7 landed
+-- KEYS  1 fills (or refreshes), 2 entry:K, 3 flight:K, 4 waiters:K:T, 5 outcome:K:T, 6 tags, 7 landed, 8 invalidations
 -- ARGV  1 group, 2 consumer, 3 fill id, 4 K, 5 T, 6 epoch, 7 the leader's tags (newline-joined), 8 ttl (ms),
---       9 verdict of the quality gate ('' = storable), 10 keep the outcome for (ms), 11 meta JSON, 12 body
+--       9 verdict of the quality gate ('' = storable), 10 keep the outcome for (ms), 11 meta JSON, 12 body, 13 log limit
 -- Returns {'LOST'} or {reason, now (ms), waiters, expires (ms)}; reason 'stored' or why it was not:
 --   'overtaken' (a newer flight replaced this one, or it was a bypass), 'invalidated', 'superseded', 'no-store', the verdict.
 --   A flight that has an outcome already returns {'DONE', now (ms), waiters, outcome}.
@@ -37,7 +37,12 @@ elseif invalidated(KEYS[6], key, labels, epoch) then
 else
   local present = redis.call('GET', KEYS[2])
   local entry = present and head(present)
-  if entry and newer(entry.epoch, epoch) then reason = 'superseded' end
+  if entry and newer(entry.epoch, epoch) then
+    reason = 'superseded'
+  elseif entry then
+    -- Whoever holds the replaced answer in L1 follows this log and drops it. No marker moves: nothing is invalidated.
+    redis.call('XADD', KEYS[8], 'MAXLEN', '~', ARGV[13], '*', 'by', 'land', 'tags', 'key:' .. key)
+  end
 end
 if reason == 'stored' then
   redis.call('SET', KEYS[2], text, 'PXAT', expires)
