@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import orjson
@@ -22,10 +21,11 @@ from shared.errors import DeadlineExceeded, InvalidRequest, MillpondError, NotCa
 from shared.faults import fault_point
 from shared.keys import PartitionKeys, partition_of
 from shared.link import Command
-from shared.messages import Question, Rules, label, understand
+from shared.messages import MAX_DEADLINE, Question, Rules, label, understand
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from shared.tiers.l1 import L1
+from workers.batch import Ask, Batch, read_ask
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.outbox import Outbox, error_payload, waiter
 from workers.runtime import Crew, run_crew
@@ -37,40 +37,7 @@ _BATCH = 64
 _REMEMBERED = 4096
 _REMEMBER_UP_TO = 8192
 _GRACE_MS = 5000
-
-
-@dataclass(slots=True)
-class Ask:
-    """One request of a batch."""
-
-    message_id: bytes
-    request_id: bytes
-    client: str
-    deadline_ms: int
-    body: bytes
-    cache: bytes | None
-    question: Question
-
-
-@dataclass(slots=True)
-class Batch:
-    """What one turn has in hand. `not_after_ms`: when this worker's claim on it may end, by the server's clock."""
-
-    now_ms: int
-    not_after_ms: int
-    outbox: Outbox
-    answered: list[bytes] = field(default_factory=list)
-    #: requests of other partitions: the commands that hand them over, and the messages to retire once they did
-    moves: list[Command] = field(default_factory=list)
-    moved: list[bytes] = field(default_factory=list)
-    #: dead letters and unreadable entries to do away with
-    chores: list[Command] = field(default_factory=list)
-    missing: dict[tuple[Question, bytes], list[Ask]] = field(default_factory=dict)
-
-    def answer(self, ask: Ask, payload: bytes) -> None:
-        """Reply to one request and let its message be retired."""
-        self.outbox.add(ask.client, ask.request_id, payload)
-        self.answered.append(ask.message_id)
+_LONGEST_MS = int(MAX_DEADLINE * 1000)
 
 
 class LookupConsumer(Consumer):
@@ -82,9 +49,11 @@ class LookupConsumer(Consumer):
         settings = crew.settings
         super().__init__(settings, crew.url, partition_keys, crew.name, crew.counters)
         self.partitions = crew.partitions
-        self.rules = Rules.of(settings)
         self.l1 = L1(entries=settings.l1_entries // crew.partitions, size=settings.l1_bytes // crew.partitions)
-        self._understand_again = lru_cache(_REMEMBERED)(self._understand)
+        rules = Rules.of(settings)
+        #: understanding is a pure function of a request's bytes, and the same questions come again
+        self._remembered = lru_cache(_REMEMBERED)(partial(understand, rules=rules))
+        self._rules = rules
         self._log_at = b""
         #: replies on their way, with the messages they answer; then, confirmed, the messages to retire
         self._unconfirmed: dict[asyncio.Future[list[Any]], list[bytes]] = {}
@@ -230,12 +199,14 @@ class LookupConsumer(Consumer):
     # reading a message
 
     def _understand(self, body: bytes, cache: bytes | None) -> Question:
-        return understand(body, cache, self.rules)
+        if len(body) > _REMEMBER_UP_TO:
+            return understand(body, cache, self._rules)
+        return self._remembered(body, cache)
 
     def _sort(self, batch: Batch, message: Message) -> None:
         """Answer a request from L1, or put it with the missing."""
         try:
-            ask = self._read(message)
+            ask = read_ask(message, self._understand, batch.now_ms + _LONGEST_MS)
         except InvalidRequest as error:
             self._refuse(batch, message, error)
             return
@@ -256,28 +227,6 @@ class LookupConsumer(Consumer):
             else:
                 alone = ask.request_id if question.mode == "bypass" else b""
                 batch.missing.setdefault((question, alone), []).append(ask)
-
-    def _read(self, message: Message) -> Ask:
-        fields = message.fields
-        try:
-            request_id, body = fields[b"id"], fields[b"body"]
-            deadline_ms = int(fields[b"deadline"])
-        except KeyError as missing:
-            name = missing.args[0].decode()
-            raise InvalidRequest(f"the request has no field {name!r}", field=name) from None
-        except ValueError:
-            raise InvalidRequest("deadline must be a whole number of milliseconds", field="deadline") from None
-        try:
-            client = fields.get(b"reply", b"").decode()
-            label(request_id.decode(), "id")
-        except UnicodeDecodeError:
-            raise InvalidRequest("id and reply must be UTF-8", field="id") from None
-        if client:
-            label(client, "reply")
-        cache = fields.get(b"cache")
-        known = len(body) <= _REMEMBER_UP_TO
-        question = self._understand_again(body, cache) if known else self._understand(body, cache)
-        return Ask(message.id, request_id, client, deadline_ms, body, cache, question)
 
     def _refuse(self, batch: Batch, message: Message, error: InvalidRequest) -> None:
         """Say what is wrong to whoever asked; without a reply channel it is a dead letter."""
