@@ -16,6 +16,25 @@ from shared.errors import RateLimited as RateLimited
 from shared.errors import Unavailable as Unavailable
 from shared.settings import Settings as Settings
 
+__all__ = [
+    "BlockingClient",
+    "Client",
+    "ConfigError",
+    "ContentFiltered",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "MillpondError",
+    "NotCached",
+    "Overloaded",
+    "Poisoned",
+    "ProviderError",
+    "ProviderTimeout",
+    "ProviderUnreachable",
+    "RateLimited",
+    "Reply",
+    "Settings",
+    "Unavailable",
+]
 __version__: str
 
 def main() -> None: ...

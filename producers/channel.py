@@ -42,6 +42,7 @@ class ReplyChannel:
         self._deliver = deliver
         self._renewed = renewed
         self._link = Link(url, name="millpond-client-read")
+        self._loop = asyncio.get_running_loop()
         self._last = b"0-0"
         self._untrimmed = 0
         self._next_care = 0.0
@@ -78,7 +79,7 @@ class ReplyChannel:
 
     async def _read_once(self) -> None:
         read_command = ("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", self._name, self._last)
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         if self._untrimmed < _TRIM_AFTER and now < self._next_care:
             (read,) = await self._link.send([read_command])
         else:

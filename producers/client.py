@@ -76,6 +76,8 @@ class Client:
         """
         if self._opening is None:
             self._opening = asyncio.Lock()
+            # Kept: asking for the running loop is a system call.
+            self._loop = asyncio.get_running_loop()
         async with self._opening:
             if self._publisher is not None:
                 return
@@ -157,13 +159,8 @@ class Client:
             ProviderError: or one of its kinds, when the provider failed.
             Unavailable: no server could be reached to connect.
         """
-        given = [
-            name for name, value in (("prompt", prompt), ("messages", messages), ("input", input)) if value is not None
-        ]
-        if len(given) != 1:
-            raise InvalidRequest(
-                f"give one of prompt, messages or input, not {' and '.join(given) or 'none'}", field="prompt"
-            )
+        if (prompt is None) + (messages is None) + (input is None) != 2:
+            raise InvalidRequest("give exactly one of prompt, messages or input", field="prompt")
         body: dict[str, Any] = {"model": model or self._settings.model}
         if prompt is not None:
             if not isinstance(prompt, str) or not prompt.strip():
@@ -215,13 +212,13 @@ class Client:
         return await self._outcome(encoded, cache, wait)
 
     async def _outcome(self, body: bytes, cache: bytes, wait: float) -> Reply:
-        loop = asyncio.get_running_loop()
+        assert self._publisher is not None  # noqa: S101 (ask_body connected)
+        loop = self._loop
         self._count += 1
         request_id = f"{self._id}-{self._count:x}"
         future: asyncio.Future[Reply] = loop.create_future()
         deadline_ms = int((time.monotonic() + wait + self._server_offset) * 1000)
         outgoing = Outgoing(request_id, self._id, deadline_ms, body, cache, future)
-        assert self._publisher is not None  # noqa: S101 (ask_body connected)
         self._publisher.publish(outgoing)
         self._waiting[request_id] = future, outgoing
         expiry = loop.call_later(wait, self._expire, request_id, wait)

@@ -21,7 +21,7 @@ _RETRY_AFTER = 1.0
 _PAUSE = (0.02, 1.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outgoing:
     """A request to publish. Times in milliseconds of the server's clock; `cache` empty when it has no directives."""
 

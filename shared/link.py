@@ -141,7 +141,9 @@ class Link(asyncio.Protocol):
         finally:
             self._connecting = None
         unsent, self._unsent = self._unsent, []
-        self._write(_Posted(_LOADING, self._loop.create_future(), self._loop.time()))
+        loading: asyncio.Future[list[Any]] = self._loop.create_future()
+        loading.add_done_callback(_look)
+        self._write(_Posted(_LOADING, loading, self._loop.time()))
         for posted in unsent:
             self._write(posted)
 
@@ -197,3 +199,9 @@ class Link(asyncio.Protocol):
 
 def _error(text: str) -> Exception:
     return RedisConnectionError(text) if text.startswith(_PASSING) else ResponseError(text)
+
+
+def _look(future: asyncio.Future[Any]) -> None:
+    """Retrieve the exception of a future nobody awaits; its cause reaches whoever posted behind it."""
+    if not future.cancelled():
+        future.exception()

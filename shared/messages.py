@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal, get_args
 
@@ -86,28 +87,23 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
     Raises:
         InvalidRequest: with the offending `field`.
     """
-    if len(body) > rules.max_input_bytes:
-        raise InvalidRequest(
-            f"body has {len(body)} bytes; the limit is {rules.max_input_bytes} (MILLPOND_MAX_INPUT_BYTES)",
-            field="body",
-        )
-    content = _json_object(body, "body")
-    directives = _json_object(cache, "cache") if cache else {}
+    content = _json_object(body, "body", rules.max_input_bytes)
+    directives = _json_object(cache, "cache", rules.max_input_bytes) if cache else {}
     for name in directives:
         if name not in _DIRECTIVES:
-            raise InvalidRequest(
-                f"unknown cache directive {name!r}; known: {', '.join(sorted(_DIRECTIVES))}", field=name
-            )
+            known = ", ".join(sorted(_DIRECTIVES))
+            raise InvalidRequest(f"unknown cache directive {_shown(name)}; known: {known}", field=name[:60] or "cache")
 
     name = directives.get("profile", DEFAULT_PROFILE)
     profile = rules.profiles.get(name) if isinstance(name, str) else None
     if profile is None:
-        raise InvalidRequest(f"unknown profile {name!r}; known: {', '.join(sorted(rules.profiles))}", field="profile")
+        known = ", ".join(sorted(rules.profiles))
+        raise InvalidRequest(f"unknown profile {_shown(name)}; known: {known}", field="profile")
     tenant = label(directives.get("tenant", "default"), "tenant")
     model = label(content.get("model", rules.model), "model")
     mode = directives.get("mode", "default")
     if mode not in _MODES:
-        raise InvalidRequest(f"unknown mode {mode!r}; known: {', '.join(_MODES)}", field="mode")
+        raise InvalidRequest(f"unknown mode {_shown(mode)}; known: {', '.join(_MODES)}", field="mode")
     ttl = seconds(directives.get("ttl", profile.ttl), "ttl", least=0.001)
     max_age = directives.get("max_age")
     own = tags_of(directives.get("tags", ()))
@@ -158,11 +154,17 @@ def seconds(value: object, field: str, *, least: float, most: float = MAX_TTL) -
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict | list):  # may be nested deeper than repr can follow
+        return "an object" if isinstance(value, dict) else "a list"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _json_object(raw: bytes, field: str) -> dict[str, Any]:
+def _json_object(raw: bytes, field: str, most: int) -> dict[str, Any]:
+    if len(raw) > most:
+        raise InvalidRequest(
+            f"{field} has {len(raw)} bytes; the limit is {most} (MILLPOND_MAX_INPUT_BYTES)", field=field
+        )
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -184,11 +186,9 @@ def _endpoint(content: dict[str, Any], profile: Profile) -> str:
 def _key(
     content: dict[str, Any], name: str, profile: Profile, tenant: str, model: str, scope: object, rules: Rules
 ) -> str:
-    question = _asked(content, profile)
+    # Which field asks counts too: messages and input are answered in different shapes.
+    question = {"messages" if "messages" in content else "input": _asked(content, profile)}
     rest = {k: v for k, v in content.items() if k not in _UNKEYED and k not in ("messages", "input")}
-    for field in profile.unordered:
-        if isinstance(rest.get(field), list):
-            rest[field] = sorted(rest[field], key=orjson.dumps)
     for field, value in rest.items():
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             rest[field] = int(value)  # a temperature of 1 and of 1.0 are the same
@@ -203,6 +203,9 @@ def _key(
         rest,
     ]
     try:
+        for field in profile.unordered:
+            if isinstance(rest.get(field), list):
+                rest[field] = sorted(rest[field], key=partial(orjson.dumps, option=orjson.OPT_SORT_KEYS))
         text = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
     except TypeError as error:
         raise InvalidRequest(f"body is nested too deeply: {error}", field="body") from None

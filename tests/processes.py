@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shared.embedded import die_with_parent
+from shared.embedded import tethered
 
 FRONT_DOOR = Path(__file__).parent.parent / "millpond.py"
 READY_TIMEOUT = 30.0
@@ -44,7 +44,7 @@ class Process:
         self.errors = ""
         self._changed = threading.Condition()
         self._process = subprocess.Popen(
-            [sys.executable, str(FRONT_DOOR), *arguments, "--json"],
+            tethered([sys.executable, str(FRONT_DOOR), *arguments, "--json"], signal.SIGKILL),
             env=environment,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -52,7 +52,6 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=die_with_parent(signal.SIGKILL),
         )
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_lines, self._read_errors)]
         for reader in self._readers:

@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
+import uvloop
 from rich.console import Console
 
 from producers.replay import plot, progress, report, table
@@ -22,6 +23,7 @@ from shared.errors import InvalidRequest, ProviderTimeout
 from shared.prices import cost
 
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
+PRICED = ("gpt-4o-mini", 1000, 100)
 SETUP = report.Setup("file.jsonl", "as fast as answered", "the moment of sending", None, 1.0, 0, False)
 SIMULATED = report.Provider("simulated", True, 3, 0)
 
@@ -34,6 +36,7 @@ class Told:
     collapsed: bool = False
     model: str = "gpt-4o-mini"
     usage: dict[str, Any] = field(default_factory=lambda: dict(USAGE))
+    body: dict[str, Any] = field(default_factory=lambda: {"model": "simulated/gpt-4o-mini"})
 
 
 class Desk:
@@ -70,6 +73,13 @@ def test_latency_counts_from_the_scheduled_arrival_not_from_the_sending() -> Non
     recorder = run(Desk(0.05), [Request({"input": "q"})] * 4, [0.0] * 4, concurrency=1)
     assert max(recorder.latency) >= 0.2
     assert max(recorder.lag) >= 0.15
+
+
+def test_an_early_timer_never_makes_an_answer_look_faster_than_it_was() -> None:
+    todo = Run(Desk(0.002), [Request({"input": "q"})] * 300, [n / 997 for n in range(300)])
+    recorder = uvloop.run(todo.complete())
+    assert min(recorder.latency) >= 0.001
+    assert min(recorder.lag) >= 0.0
 
 
 def test_requests_go_out_when_they_are_due_in_order_of_time() -> None:
@@ -116,7 +126,7 @@ def test_only_the_one_who_began_a_call_paid_for_it() -> None:
     recorder = record(Told("llm"), Told("llm", collapsed=True), Told("l1"), Told("l2"))
     recorder.failed(0.5, 1.0, "overloaded")
     found = report.build(recorder, SETUP, SIMULATED)
-    price = cost("gpt-4o-mini", 1000, 100)
+    price = cost(*PRICED)
     assert price is not None
     assert (found.spent.calls, found.saved.calls) == (1, 3)
     assert found.spent.dollars == pytest.approx(price)
@@ -127,9 +137,15 @@ def test_only_the_one_who_began_a_call_paid_for_it() -> None:
     assert (found.coalesced.count, found.errors) == (1, {"overloaded": 1})
 
 
-def test_a_simulated_answer_is_priced_as_the_model_it_stands_in_for() -> None:
-    found = report.build(record(Told("llm", model="simulated/gpt-4o-mini")), SETUP, SIMULATED)
-    assert found.spent.dollars == pytest.approx(cost("gpt-4o-mini", 1000, 100))
+def test_a_simulated_answer_is_known_by_its_body_and_priced_as_the_model_it_stands_in_for() -> None:
+    recorder = record(Told("llm"), Told("llm", body={"model": "gpt-4o-mini"}), Told("l1"))
+    assert recorder.simulated == 1
+    assert report.build(recorder, SETUP, SIMULATED).spent.dollars == pytest.approx(2 * (cost(*PRICED) or 0))
+
+
+def test_chat_and_embedding_models_have_list_prices() -> None:
+    assert cost("gpt-4o-mini", 1_000_000, 1_000_000) == pytest.approx(0.75)
+    assert cost("text-embedding-3-small", 1_000_000, 0) == pytest.approx(0.02)
 
 
 def test_a_model_without_a_price_is_counted_as_such_not_guessed() -> None:

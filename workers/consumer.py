@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ class Consumer(ABC):
     # what others left behind
 
     async def _reclaim_when_due(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         if now < self._next_reclaim:
             return
         self._next_reclaim = now + self.tick

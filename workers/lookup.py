@@ -158,6 +158,7 @@ class LookupConsumer(Consumer):
         self.counters.add("requests", len(messages))
         for message in messages:
             self._sort(batch, message)
+        self.counters.add("hit.l1", batch.tell_hits())
         fault_point("lookup_before_reply")
         if batch.missing:
             await self._look_in_l2(batch)
@@ -165,8 +166,7 @@ class LookupConsumer(Consumer):
             await self._join(batch)
         await self._send(batch)
         if batch.moves:
-            await self.link.send(batch.moves)
-            self._retiring += batch.moved
+            await self._move(batch)
 
     async def _send(self, batch: Batch, extra: list[Command] | None = None) -> list[Any]:
         """Post the replies so far, `extra` behind them; wait only for `extra`, and return its replies.
@@ -221,9 +221,9 @@ class LookupConsumer(Consumer):
         else:
             entry = self.l1.get(question.key, batch.now_ms) if question.reads else None
             # Tags the entry does not carry were not watched for it: the server's markers must be asked.
-            if entry and _fits(entry, question, batch.now_ms) and set(question.own_tags) <= set(entry.tags):
-                self.counters.add("hit.l1")
-                batch.answer(ask, entry.reply("l1", batch.now_ms))
+            tagged = not question.own_tags or (entry and set(question.own_tags) <= set(entry.tags))
+            if entry and tagged and _fits(entry, question, batch.now_ms):
+                batch.hit(ask, entry)
             else:
                 alone = ask.request_id if question.mode == "bypass" else b""
                 batch.missing.setdefault((question, alone), []).append(ask)
@@ -233,13 +233,13 @@ class LookupConsumer(Consumer):
         self.counters.add("invalid")
         client, request_id = message.fields.get(b"reply", b""), message.fields.get(b"id", b"")
         try:
-            label(client.decode(), "reply")
+            to = label(client.decode(), "reply")
             label(request_id.decode(), "id")
         except (InvalidRequest, UnicodeDecodeError):
             reason = f"{error.field}: {error.message}"
             batch.chores.append(self.bury_command(self.keys.requests, message.id, reason, message.deliveries))
             return
-        batch.outbox.add(client.decode(), request_id, error_payload(error))
+        batch.outbox.add(to, request_id, error_payload(error))
         batch.answered.append(message.id)
 
     def _hand_over(self, batch: Batch, message: Message, key: str) -> None:
@@ -248,6 +248,13 @@ class LookupConsumer(Consumer):
         self.counters.add("handed_over")
         batch.moves.append(("XADD", target, "*", *(part for pair in message.fields.items() for part in pair)))
         batch.moved.append(message.id)
+
+    async def _move(self, batch: Batch) -> None:
+        """Hand over what is still this worker's: no script may touch two partitions, so it asks first."""
+        asking = [("XPENDING", self.keys.requests, self.group, i, i, 1, self.name) for i in batch.moved]
+        owned = self.checked(await self.link.post(asking))
+        await self.link.send([move for move, mine in zip(batch.moves, owned, strict=True) if mine])
+        self._retiring += batch.moved
 
     # the tiers below
 

@@ -30,10 +30,10 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._replies)
 
-    def add(self, client: str, request_id: bytes, payload: bytes) -> None:
-        """Answer one request; a client that gave no reply channel ('') gets none."""
+    def add(self, client: str, request_ids: bytes, payload: bytes) -> None:
+        """Answer requests (ids separated by spaces); a client that gave no reply channel ('') gets none."""
         if client:
-            self._replies[client] += (request_id, payload)
+            self._replies[client] += (request_ids, payload)
 
     def add_waiters(self, waiters: Sequence[bytes], first: bytes, rest: bytes) -> None:
         """Answer everyone aboard a flight: who began it with `first`, who joined with `rest`."""

@@ -94,6 +94,7 @@ async def _flush(crew: Crew, link: Link, *, farewell: bool = False) -> None:
         "pid": os.getpid(),
         "host": platform.node(),
         "partitions": crew.partitions,
+        "provider": crew.settings.provider_name if crew.kind == "llm" else None,
         "seen": time.time(),
     }
     name = keys.worker(crew.name)

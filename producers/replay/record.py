@@ -13,6 +13,8 @@ LLM = "llm"
 #: Ways to an answer, in the order in which a request tries them; also the order in tables and plots.
 WAYS = ("l1", "l2", "semantic", "l3", COALESCED, LLM)
 ERROR = "error:"
+#: What the simulated provider puts before the model's name in its answers.
+SIMULATED = "simulated/"
 
 
 class Answer(Protocol):
@@ -32,7 +34,11 @@ class Answer(Protocol):
 
     @property
     def model(self) -> str:
-        """The model that answered."""
+        """The model asked, by which the answer is priced."""
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The provider's own JSON; its `model` tells a simulated answer."""
 
 
 Usage = tuple[str, int, int]
@@ -43,7 +49,8 @@ class Recorder:
     """Collects outcomes: when each request was due (seconds from the start), how long it took, by which way.
 
     `way` is one of `WAYS` or another tier, or `error:` and the code of the error. `spent` counts the calls that were
-    paid for, `saved` those that were not; `lag` is how late the driver itself was in sending a request, in seconds.
+    paid for (`simulated` of them made up), `saved` those that were not; `lag` is how late the driver itself was in
+    sending a request, in seconds.
     """
 
     def __init__(self) -> None:
@@ -55,6 +62,7 @@ class Recorder:
         self.counts: Counter[str] = Counter()
         self.spent: Counter[Usage] = Counter()
         self.saved: Counter[Usage] = Counter()
+        self.simulated = 0
         self.wall = 0.0
         self._numbers: dict[str, int] = {}
 
@@ -64,8 +72,12 @@ class Recorder:
     def answered(self, due: float, latency: float, reply: Answer) -> None:
         """Record an answer. Only the request that began the flight paid for it."""
         self._add(due, latency, COALESCED if reply.collapsed else reply.tier)
-        calls = self.spent if reply.tier == LLM and not reply.collapsed else self.saved
-        calls[(reply.model, *usage_of({"usage": reply.usage}))] += 1
+        call = (reply.model, *usage_of({"usage": reply.usage}))
+        if reply.tier == LLM and not reply.collapsed:
+            self.spent[call] += 1
+            self.simulated += str(reply.body.get("model", "")).startswith(SIMULATED)
+        else:
+            self.saved[call] += 1
 
     def failed(self, due: float, latency: float, code: str) -> None:
         """Record an error by its code."""

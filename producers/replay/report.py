@@ -11,9 +11,6 @@ from typing import Any
 from producers.replay.record import COALESCED, LLM, Recorder, Usage, in_order
 from shared.prices import cost
 
-#: What the simulated provider puts before the name of the model it stands in for; priced as that model.
-SIMULATED = "simulated/"
-
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -137,7 +134,7 @@ def _way(ordered: Sequence[float], total: int) -> Way:
 def _money(calls: Counter[Usage]) -> Money:
     dollars, unpriced = 0.0, 0
     for (model, prompt, completion), times in calls.items():
-        price = cost(model.removeprefix(SIMULATED), prompt, completion)
+        price = cost(model, prompt, completion)
         if price is None:
             unpriced += times
         else:

@@ -99,8 +99,10 @@ class Run:
                 if (wait := due - monotonic()) > 0:
                     await asyncio.sleep(wait)
                 await free.acquire()
-                self.recorder.lag.append(monotonic() - due)
-                task = group.create_task(self._ask(self._requests[number], due))
+                now = monotonic()
+                self.recorder.lag.append(max(0.0, now - due))
+                # A timer may fire a millisecond early: what is sent early counts from its sending.
+                task = group.create_task(self._ask(self._requests[number], min(due, now)))
                 task.add_done_callback(lambda _: free.release())
 
     async def _ask(self, request: Request, due: float) -> None:

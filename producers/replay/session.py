@@ -12,7 +12,7 @@ from pathlib import Path
 from producers.client import Client
 from producers.replay import arrivals, report, workload
 from producers.replay.record import Recorder
-from producers.replay.report import SIMULATED, Provider, Report, Setup
+from producers.replay.report import Provider, Report, Setup
 from producers.replay.run import Run
 from shared import keys
 from shared.embedded import resolve_url
@@ -152,12 +152,9 @@ async def _counters_later(url: str) -> dict[str, int] | None:
 def _provider(
     settings: Settings, recorder: Recorder, before: Mapping[str, int], after: Mapping[str, int] | None
 ) -> Provider:
-    """Tell the provider by the models that answered, or by the settings when nothing was computed."""
-    if recorder.spent:
-        simulated = any(model.startswith(SIMULATED) for model, _, _ in recorder.spent)
-    else:
-        simulated = settings.provider_name == "simulated"
-    name = "simulated" if simulated else settings.provider_name
+    """Tell the provider by the answers it gave, or by the settings here when nothing was computed."""
+    simulated = recorder.simulated > 0 if recorder.spent else settings.provider_name == "simulated"
+    name = "simulated" if simulated else "openai"
     if after is None:
         return Provider(name, simulated, None, None)
     calls, errors = (after.get(n, 0) - before.get(n, 0) for n in ("provider_calls", "provider_errors"))

@@ -90,7 +90,7 @@ def _notes(report: Report) -> list[Text]:
     )
     if provider.errors:
         called += f", {provider.errors:,} failed"
-    what = f"{provider.name} (simulated: no model was called, its list price is what it would have cost)"
+    what = f"{provider.name} (no model was called; dollars are what the model it stands in for would have cost)"
     notes.append(f"Provider: {what if provider.simulated else provider.name}; its workers counted {called}.")
     if unpriced := report.spent.unpriced + report.saved.unpriced:
         notes.append(f"{unpriced:,} answers came from models without a known price and count as $0.")

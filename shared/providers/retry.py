@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 #: The longest random part of a back-off, as a multiple of `backoff_initial`.
 _JITTER = 4.0
+#: Seconds: with less than this left, time is up. Timers may fire a little early.
+_TOO_LITTLE = 0.01
 
 
 async def with_retries(
@@ -52,7 +54,7 @@ async def with_retries(
     def again(error: Exception) -> bool | float:
         if not isinstance(error, ProviderError) or not error.retryable:
             return False  # cancellation comes by here too
-        left = deadline - loop.time()
+        left = deadline - loop.time() - _TOO_LITTLE
         if error.retry_after is None:
             return least_wait < left
         return max(error.retry_after, 0.0) + draw(0.0, settings.backoff_initial) if error.retry_after < left else False
@@ -80,9 +82,11 @@ async def with_retries(
                     try:
                         return await _within(seconds, attempt, provider)
                     except ProviderError as error:
-                        last = error
                         if on_error is not None:
                             on_error(error)
+                        if isinstance(error, ProviderTimeout) and deadline - loop.time() < _TOO_LITTLE:
+                            raise _out_of_time(total, started, admitting, provider, last) from error
+                        last = error
                         raise
     except TimeoutError:
         if not scope.expired():

@@ -1,8 +1,9 @@
 """The simulated provider: answers without a model, at a configured speed, and says so.
 
 It is what runs when no API key is configured, and what tests and benchmarks count calls with: every call appends one
-line to `simulated_journal` before it begins to wait. The text is plain English about the question's own words, always
-the same for the same request; it never calls a tool. Nothing inside a prompt steers it, only settings do.
+line to `simulated_journal` before it begins to wait, and one with the time it took when it answers. The text is plain
+English about the question's own words, always the same for the same request; it never calls a tool. Nothing inside a
+prompt steers it, only settings do.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class SimulatedProvider:
         Raises:
             ProviderError: with status 503, at the configured failure rate, after the first-token delay.
         """
+        arrived = time.perf_counter()  # uvloop's own clock stands still within a turn, and counts whole milliseconds
         settings, began = self._settings, asyncio.get_running_loop().time()
         sha = fingerprint(call)
         prompt = list(_prompt(call.body))
@@ -72,7 +74,10 @@ class SimulatedProvider:
                 provider=NAME,
             )
         await _until(began + settings.simulated_first_token + written / settings.simulated_tokens_per_second)
-        return Completion.read(orjson.dumps(body))
+        completion = Completion.read(orjson.dumps(body))
+        if settings.simulated_journal is not None:
+            _append(settings.simulated_journal, {"sha": sha, "elapsed": time.perf_counter() - arrived})
+        return completion
 
     async def close(self) -> None:
         """Nothing to give up."""
@@ -88,11 +93,12 @@ def calls(journal: Path) -> list[dict[str, Any]]:
 
     This is the provider's own count of calls. A journal that does not exist yet holds none.
     """
-    try:
-        lines = journal.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    return [orjson.loads(line) for line in lines]
+    return [line for line in _lines(journal) if "elapsed" not in line]
+
+
+def durations(journal: Path) -> dict[str, float]:
+    """Return the provider's own time, in seconds, of the calls it answered, by their `sha`."""
+    return {line["sha"]: line["elapsed"] for line in _lines(journal) if "elapsed" in line}
 
 
 def fingerprint(call: Call) -> str:
@@ -104,11 +110,23 @@ def fingerprint(call: Call) -> str:
 
 def _record(journal: Path, endpoint: str, sha: str, prompt: str) -> None:
     line = {"time": time.time(), "pid": os.getpid(), "endpoint": endpoint, "sha": sha, "prompt": prompt[:120]}
+    _append(journal, line)
+
+
+def _append(journal: Path, line: dict[str, Any]) -> None:
     descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         os.write(descriptor, json.dumps(line).encode() + b"\n")  # one write: lines of several processes never mix
     finally:
         os.close(descriptor)
+
+
+def _lines(journal: Path) -> list[dict[str, Any]]:
+    try:
+        lines = journal.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [orjson.loads(line) for line in lines]
 
 
 def _prompt(body: dict[str, Any]) -> Iterator[str]:

@@ -1,0 +1,102 @@
+"""What a lookup worker has in hand during one turn: the requests it read, what became of them so far."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from shared.entry import Entry
+from shared.errors import InvalidRequest
+from shared.link import Command
+from shared.messages import Question, label
+from workers.consumer import Message
+from workers.outbox import Outbox
+
+_ID = re.compile(rb"[^\s\x00-\x1f\x7f]{1,800}")
+
+
+@dataclass(slots=True)
+class Ask:
+    """One request of a batch."""
+
+    message_id: bytes
+    request_id: bytes
+    client: str
+    deadline_ms: int
+    body: bytes
+    cache: bytes | None
+    question: Question
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one turn has in hand. `not_after_ms`: when this worker's claim on it may end, by the server's clock."""
+
+    now_ms: int
+    not_after_ms: int
+    outbox: Outbox
+    answered: list[bytes] = field(default_factory=list)
+    #: hits of L1, by client and entry: each pair is told in one payload
+    hits: dict[tuple[str, str], tuple[Entry, list[bytes]]] = field(default_factory=dict)
+    #: requests of other partitions: the commands that hand them over, and the messages to retire once they did
+    moves: list[Command] = field(default_factory=list)
+    moved: list[bytes] = field(default_factory=list)
+    #: dead letters and unreadable entries to do away with
+    chores: list[Command] = field(default_factory=list)
+    missing: dict[tuple[Question, bytes], list[Ask]] = field(default_factory=dict)
+
+    def hit(self, ask: Ask, entry: Entry) -> None:
+        """Answer one request from L1, together with all others of its client for the same entry."""
+        found = self.hits.get((ask.client, entry.key))
+        if found is None:
+            self.hits[ask.client, entry.key] = entry, [ask.request_id]
+        else:
+            found[1].append(ask.request_id)
+        self.answered.append(ask.message_id)
+
+    def tell_hits(self) -> int:
+        """Move the hits of L1 into the outbox; return how many there were."""
+        count = 0
+        for (client, _), (entry, request_ids) in self.hits.items():
+            count += len(request_ids)
+            self.outbox.add(client, b" ".join(request_ids), entry.reply("l1", self.now_ms))
+        self.hits.clear()
+        return count
+
+    def answer(self, ask: Ask, payload: bytes) -> None:
+        """Reply to one request and let its message be retired."""
+        self.outbox.add(ask.client, ask.request_id, payload)
+        self.answered.append(ask.message_id)
+
+
+@lru_cache(4096)
+def channel_of(reply: bytes) -> str:
+    """Return the name of a reply channel ('': nobody waits); raise `InvalidRequest` if it cannot be one."""
+    try:
+        return label(reply.decode(), "reply") if reply else ""
+    except UnicodeDecodeError:
+        raise InvalidRequest("reply must be UTF-8", field="reply") from None
+
+
+def read_ask(message: Message, understand: Callable[[bytes, bytes | None], Question], latest_ms: int) -> Ask:
+    """Read a message of the request stream. A deadline beyond `latest_ms` counts as that.
+
+    Raises:
+        InvalidRequest: with the offending `field`.
+    """
+    fields = message.fields
+    try:
+        request_id, body = fields[b"id"], fields[b"body"]
+        deadline_ms = min(int(fields[b"deadline"]), latest_ms)
+    except KeyError as missing:
+        name = missing.args[0].decode()
+        raise InvalidRequest(f"the request has no field {name!r}", field=name) from None
+    except ValueError:
+        raise InvalidRequest("deadline must be a whole number of milliseconds", field="deadline") from None
+    client = channel_of(fields.get(b"reply", b""))
+    if not _ID.fullmatch(request_id):
+        raise InvalidRequest("id must be 1 to 200 characters without white space", field="id")
+    cache = fields.get(b"cache")
+    return Ask(message.id, request_id, client, deadline_ms, body, cache, understand(body, cache))
