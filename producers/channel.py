@@ -46,6 +46,7 @@ class ReplyChannel:
         self._last = b"0-0"
         self._untrimmed = 0
         self._next_care = 0.0
+        self._forgotten = False
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -78,6 +79,10 @@ class ReplyChannel:
                 pause = min(pause * 2, 1.0)
 
     async def _read_once(self) -> None:
+        if self._forgotten:  # until it is known to be made anew: a cut may hide that it was
+            await self._create()
+            self._forgotten = False
+            self._renewed()
         read_command = ("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", self._name, self._last)
         now = self._loop.time()
         if self._untrimmed < _TRIM_AFTER and now < self._next_care:
@@ -87,9 +92,7 @@ class ReplyChannel:
             alive, _, read = await self._link.send([("PEXPIRE", self._name, self._ttl_ms), trim, read_command])
             self._untrimmed, self._next_care = 0, now + _CARE
             if not alive:
-                await self._create()
-                self._renewed()
-                return
+                self._forgotten = True
         if read:
             self._take(read[0][1])
 
@@ -99,7 +102,7 @@ class ReplyChannel:
         for entry_id, fields in entries:
             self._last = entry_id
             for ids, payload in zip(fields[::2], fields[1::2], strict=True):
-                for request_id in ids.decode().split(" "):
+                for request_id in ids.decode(errors="replace").split(" "):
                     deliver(request_id, payload)
 
     async def delete(self, link: Link) -> None:

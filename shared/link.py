@@ -135,7 +135,10 @@ class Link(asyncio.Protocol):
             self._reader = hiredis.Reader(replyError=_error)
             self._transport.set_protocol(self)
             self._transport.resume_reading()
-        except (RedisError, OSError) as error:
+        except TimeoutError:
+            self._lose(RedisTimeoutError(f"no connection within {_CONNECT_TIMEOUT:g} s"))
+            return
+        except Exception as error:
             self._lose(error)
             return
         finally:

@@ -5,5 +5,9 @@
 -- Closes: a worker that was paused past its lease still holds replies of work that now belongs to another;
 -- the server's own clock refuses them in the same step that would have sent them.
 if now_ms() > tonumber(ARGV[1]) then return -1 end
-if redis.call('XADD', KEYS[1], 'NOMKSTREAM', 'MAXLEN', '~', ARGV[2], '*', unpack(ARGV, 3)) then return 1 end
-return 0
+local sent = redis.pcall('XADD', KEYS[1], 'NOMKSTREAM', 'MAXLEN', '~', ARGV[2], '*', unpack(ARGV, 3))
+if type(sent) == 'table' and sent.err then
+  if string.find(sent.err, 'WRONGTYPE', 1, true) then return 0 end -- no stream: no reply channel
+  return sent
+end
+return sent and 1 or 0

@@ -48,9 +48,11 @@ class L1:
 
         An invalidation applied since then may concern an entry that was not here to be dropped: it is refused.
         """
-        if clock != self.clock or entry.size > self._most_bytes or not self._most:
+        if clock != self.clock:
             return False
-        self.drop(entry.key)
+        self.drop(entry.key)  # even if its successor does not fit
+        if entry.size > self._most_bytes or not self._most:
+            return False
         self._entries[entry.key] = entry
         self._bytes += entry.size
         for tag in entry.tags:
