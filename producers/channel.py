@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from redis.exceptions import RedisError
+
 from shared import keys
 from shared.link import LINK_ERRORS, Link
 
@@ -73,7 +75,7 @@ class ReplyChannel:
             try:
                 await self._read_once()
                 pause = 0.02
-            except LINK_ERRORS as error:
+            except (*LINK_ERRORS, RedisError) as error:
                 log.debug("reply channel: %s; trying again", error)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(pause * 2, 1.0)

@@ -13,7 +13,6 @@ is left over all the same is stopped before the next starts.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -24,7 +23,7 @@ import subprocess  # its whole purpose is to run a server binary
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -76,21 +75,6 @@ def tethered(command: Sequence[str], end: signal.Signals = signal.SIGTERM) -> li
     if not sys.platform.startswith("linux"):
         return list(command)
     return [sys.executable, "-I", "-S", "-c", _TETHER, str(int(end)), str(os.getpid()), *command]
-
-
-def die_with_parent(end: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
-    """Return a `preexec_fn` with the effect of `tethered`, which is the safer way; None off Linux."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # resolved here: no import and no lock after the fork
-    parent = os.getpid()
-
-    def arm() -> None:
-        prctl(1, int(end))
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return arm
 
 
 class EmbeddedRedis:

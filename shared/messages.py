@@ -28,7 +28,7 @@ MAX_TTL = 366 * 86400.0
 MAX_DEADLINE = 3600.0
 _MODES = get_args(Mode)
 _RESERVED = ("key:", "profile:", "tenant:", "model:", "#")
-_LABEL = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
+_LABEL = re.compile(r"[^\s\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 _UNKEYED = frozenset({"stream", "stream_options", "user", "metadata", "model"})
 _DIRECTIVES = frozenset({"profile", "tenant", "mode", "ttl", "max_age", "tags", "scope"})
 

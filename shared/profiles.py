@@ -20,7 +20,7 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ttl: float = Field(default=DAY, gt=0)
+    ttl: float = Field(default=DAY, ge=0.001, le=366 * DAY)
     scope: tuple[str, ...] = ()
     last_messages: int | None = Field(default=None, ge=1)
     normalise: bool = False

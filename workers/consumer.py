@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ log = logging.getLogger("millpond.worker")
 _RECLAIM_COUNT = 64
 _DISMISS_AFTER = 60.0
 _BACKOFF = (0.05, 2.0)
+#: The consumer that never reads: what it holds waits for whoever looks next.
+_NOBODY = "nobody"
 
 
 @dataclass(slots=True)
@@ -68,6 +70,8 @@ class Consumer(ABC):
         self.reading = Link(url, name=f"millpond-{self.group}-read")
         self.ready = asyncio.Event()
         self.stopping = False
+        #: held while one message is handled that may have killed its workers: one at a time in the whole process
+        self.quarantine = asyncio.Lock()
         self._blocked = False
         self._cursors: dict[str, bytes] = {}
         self._next_reclaim = 0.0
@@ -101,6 +105,10 @@ class Consumer(ABC):
     def in_hand(self, message_id: bytes) -> bool:
         """Whether this process is handling that message right now."""
         return False
+
+    def when_handled(self, message_id: bytes, then: Callable[[], None]) -> None:
+        """Call `then` once that reclaimed message is done with; it is already, unless a subclass says otherwise."""
+        then()
 
     def room(self) -> int:
         """How many reclaimed messages may be taken now."""
@@ -168,7 +176,7 @@ class Consumer(ABC):
                 for stream in self.streams:
                     await self.link.send(
                         [
-                            SCRIPTS["hand_back"].call([stream], [self.group, self.name, lease_ms]),
+                            SCRIPTS["hand_back"].call([stream], [self.group, self.name, _NOBODY, lease_ms]),
                             SCRIPTS["dismiss"].call([stream], [self.group, self.name]),
                         ]
                     )
@@ -189,10 +197,10 @@ class Consumer(ABC):
         return ("XREADGROUP", "GROUP", self.group, self.name, "COUNT", count, *wait, "STREAMS", stream, ">")
 
     async def read(self, commands: list[Command]) -> list[Any]:
-        """Run a pipeline that blocks, on the connection kept for it; the replies, checked."""
+        """Run a pipeline that blocks, on the connection kept for it; the replies, not yet `checked`."""
         self._blocked = True
         try:
-            return self.checked(await self.reading.post(commands))
+            return await self.reading.post(commands)
         finally:
             self._blocked = False
 
@@ -248,17 +256,32 @@ class Consumer(ABC):
             await self.link.post([("XPENDING", stream, self.group, i, i, 1, self.name) for i in ids])
         )
         fresh: list[bytes] = []
+        suspects: list[bytes] = []
         for (entry,) in (p for p in pending if p):
             message_id, _, _, deliveries = entry
             if deliveries >= self.settings.max_deliveries:
                 await self._bury(stream, message_id, deliveries)
             elif deliveries > 1:
-                # It may be what killed its workers: delivered alone, it can take no innocent message with it.
-                await self._redeliver(stream, [message_id], counted=True)
+                suspects.append(message_id)
             else:
                 fresh.append(message_id)
         if fresh:
             await self._redeliver(stream, fresh, counted=True)
+        while suspects and not self.quarantine.locked():
+            await self._deliver_alone(stream, suspects.pop(0))
+        if suspects:
+            lease_ms = int(self.lease * 1000)
+            await self.link.call(
+                SCRIPTS["put_back"].call([stream], [self.group, self.name, _NOBODY, lease_ms, *suspects])
+            )
+
+    async def _deliver_alone(self, stream: str, message_id: bytes) -> None:
+        # It may be what killed its workers: alone among its like, it cannot drive others towards their burial.
+        await self.quarantine.acquire()
+        try:
+            await self._redeliver(stream, [message_id], counted=True)
+        finally:
+            self.when_handled(message_id, self.quarantine.release)
 
     async def _redeliver(self, stream: str, ids: list[bytes], *, counted: bool) -> None:
         # Counted before anything of a message is parsed.

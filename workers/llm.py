@@ -50,6 +50,7 @@ class LLMConsumer(Consumer):
         self, crew: Crew, partition_keys: PartitionKeys, *, provider: Provider, limits: RateLimits, slots: int
     ) -> None:
         super().__init__(crew.settings, crew.url, partition_keys, crew.name, crew.counters)
+        self.quarantine = crew.quarantine
         self.provider = provider
         self.limits = limits
         self.slots = slots
@@ -71,6 +72,13 @@ class LLMConsumer(Consumer):
     def in_hand(self, message_id: bytes) -> bool:
         """Being computed."""
         return message_id in self._active
+
+    def when_handled(self, message_id: bytes, then: Callable[[], None]) -> None:
+        """When its flight has ended."""
+        if message_id in self._active:
+            self._active[message_id][1].add_done_callback(lambda _: then())
+        else:
+            then()
 
     def room(self) -> int:
         """Free slots."""
@@ -97,7 +105,7 @@ class LLMConsumer(Consumer):
 
     async def _read(self, stream: str, block: float | None) -> bool:
         commands = [self.read_command(stream, self.room(), block=block), ("TIME",)]
-        read, now = await self.read(commands)
+        read, now = self.checked(await self.read(commands))
         fault_point("llm_after_read")
         messages = messages_of(read[0][1]) if read else []
         for message in messages:

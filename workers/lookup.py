@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -20,7 +21,7 @@ from shared.entry import Entry, Unreadable, unpack
 from shared.errors import DeadlineExceeded, InvalidRequest, MillpondError, NotCached, Overloaded, Poisoned
 from shared.faults import fault_point
 from shared.keys import PartitionKeys, partition_of
-from shared.link import Command
+from shared.link import LINK_ERRORS, Command
 from shared.messages import MAX_DEADLINE, Question, Rules, label, understand
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
@@ -33,7 +34,7 @@ from workers.runtime import Crew, run_crew
 log = logging.getLogger("millpond.worker")
 
 # Smaller than what one client may have waiting: it reads the first replies while the next requests are answered.
-_BATCH = 64
+_BATCH = 48
 _REMEMBERED = 4096
 _REMEMBER_UP_TO = 8192
 _GRACE_MS = 5000
@@ -48,6 +49,7 @@ class LookupConsumer(Consumer):
     def __init__(self, crew: Crew, partition_keys: PartitionKeys) -> None:
         settings = crew.settings
         super().__init__(settings, crew.url, partition_keys, crew.name, crew.counters)
+        self.quarantine = crew.quarantine
         self.partitions = crew.partitions
         self.l1 = L1(entries=settings.l1_entries // crew.partitions, size=settings.l1_bytes // crew.partitions)
         rules = Rules.of(settings)
@@ -55,9 +57,12 @@ class LookupConsumer(Consumer):
         self._remembered = lru_cache(_REMEMBERED)(partial(understand, rules=rules))
         self._rules = rules
         self._log_at = b""
-        #: replies on their way, with the messages they answer; then, confirmed, the messages to retire
-        self._unconfirmed: dict[asyncio.Future[list[Any]], list[bytes]] = {}
+        #: replies to go out with the next read, and the messages they answer; once they are known to be sent, these
+        #: are to be retired
+        self._replies: list[Command] = []
+        self._answered: list[bytes] = []
         self._retiring: list[bytes] = []
+        self._retire_at = 0.0
         self._flights = 0
 
     @property
@@ -72,7 +77,7 @@ class LookupConsumer(Consumer):
 
     def in_hand(self, message_id: bytes) -> bool:
         """Answered already, and about to be retired."""
-        return message_id in self._retiring or any(message_id in ids for ids in self._unconfirmed.values())
+        return message_id in self._retiring or message_id in self._answered
 
     async def prepare(self) -> None:
         """Create the group; begin to follow the invalidation log at its end, with nothing in L1."""
@@ -91,7 +96,8 @@ class LookupConsumer(Consumer):
         """What was cached belonged to the state that vanished."""
         self.l1.clear()
         self._log_at = b""
-        self._unconfirmed.clear()
+        self._replies.clear()
+        self._answered.clear()
         self._retiring.clear()
 
     # one turn
@@ -109,38 +115,74 @@ class LookupConsumer(Consumer):
             self._log_at = entry_id
 
     async def turn(self) -> None:
-        """Retire what was answered, read requests and invalidations in one pipeline, answer."""
+        """Reply to the last batch, read the next and the new invalidations, all in one write; judge it."""
+        replies, answered = self._take_replies()
         retiring = self._retire_commands()
-        commands = [
-            *retiring,
+        count = len(self._retiring) if retiring else 0
+        reading = (
             self.read_command(self.keys.requests, _BATCH, block=self.tick),
             self._log_command(),
             ("TIME",),
-        ]
-        count = len(self._retiring)
-        read, log, time = (await self.read(commands))[len(retiring) :]
+        )
+        try:
+            results = await self.read([*replies, *retiring, *reading])
+        except LINK_ERRORS:
+            # Stopped or cut while it blocked: whether these went out is not known, and told twice is told once.
+            self._replies, self._answered = replies + self._replies, answered + self._answered
+            raise
+        self._confirm(answered, results[: len(replies)])
+        read, log, now = self.checked(results[len(replies) :])[-3:]
         del self._retiring[:count]
         self._follow(log)
         if read:
-            await self._handle(messages_of(read[0][1]), server_ms(time))
+            await self._handle(messages_of(read[0][1]), server_ms(now))
 
-    def _retire_commands(self) -> list[Command]:
+    def _take_replies(self) -> tuple[list[Command], list[bytes]]:
+        taken = self._replies, self._answered
+        self._replies, self._answered = [], []
+        return taken
+
+    async def _reply(self) -> None:
+        """Send the replies now, because no read follows."""
+        replies, answered = self._take_replies()
+        if replies:
+            self._confirm(answered, await self.link.post(replies))
+        else:
+            self._retiring += answered
+
+    def _confirm(self, answered: list[bytes], results: list[Any]) -> None:
+        """Let messages be retired whose replies are known to have been sent (or to have nobody to go to)."""
+        if results:
+            fault_point("lookup_after_reply")
+        bad = [result for result in results if isinstance(result, Exception) or result < 0]
+        if bad:
+            # Paused past the lease, or refused by the server: whoever holds the messages next answers them.
+            log.warning("%s: replies were not sent (%s)", self.name, bad[0])
+        else:
+            self._retiring += answered
+
+    def _retire_commands(self, *, now: bool = False) -> list[Command]:
+        """Return what retires the answered messages: at once, or when they are a batch or a while has passed."""
         if not self._retiring:
             return []
+        due = time.monotonic()
+        if not now and len(self._retiring) < _BATCH and due < self._retire_at:
+            return []
+        self._retire_at = due + self.tick / 4
         ids = sorted(self._retiring, key=_id_order)
         return [SCRIPTS["retire"].call([self.keys.requests], [self.group, self.name, *ids])]
 
     async def drain(self) -> None:
-        """Retire what was answered."""
-        if self._unconfirmed:
-            await asyncio.wait(self._unconfirmed, timeout=self.lease)
-        await self.link.send(self._retire_commands())
+        """Tell and retire what was answered."""
+        await self._reply()
+        await self.link.send(self._retire_commands(now=True))
 
     async def handle_reclaimed(self, stream: str, messages: list[Message]) -> None:
         """As new ones, after catching up with the log."""
-        log, time = self.checked(await self.link.post([self._log_command(), ("TIME",)]))
+        log, now = self.checked(await self.link.post([self._log_command(), ("TIME",)]))
         self._follow(log)
-        await self._handle(messages, server_ms(time))
+        await self._handle(messages, server_ms(now))
+        await self.drain()
 
     async def tell_poisoned(self, stream: str, message: Message) -> None:
         """Reply with `Poisoned`."""
@@ -164,37 +206,26 @@ class LookupConsumer(Consumer):
             await self._look_in_l2(batch)
         if batch.missing or batch.chores:
             await self._join(batch)
-        await self._send(batch)
+        self._pack(batch)
         if batch.moves:
             await self._move(batch)
 
-    async def _send(self, batch: Batch, extra: list[Command] | None = None) -> list[Any]:
-        """Post the replies so far, `extra` behind them; wait only for `extra`, and return its replies.
+    async def _send(self, batch: Batch, extra: list[Command]) -> list[Any]:
+        """Send the replies so far and `extra` behind them; return the results of `extra`.
 
-        What was answered is retired once its replies are known to have been sent. They go out on the reading
-        connection, which nothing blocks while a batch is in hand: ahead of the next read, in one write with it.
+        On the reading connection: nothing blocks it while a batch is in hand.
         """
-        replies = batch.outbox.commands(batch.not_after_ms)
-        answered, batch.answered, batch.outbox = batch.answered, [], Outbox(self.settings.reply_limit)
-        if replies:
-            posted = self.reading.post(replies)
-            self._unconfirmed[posted] = answered
-            posted.add_done_callback(self._confirm)
-        else:
-            self._retiring += answered
-        fault_point("lookup_after_reply")
-        return self.checked(await self.reading.post(extra)) if extra else []
+        self._pack(batch)
+        replies, answered = self._take_replies()
+        results = await self.reading.post([*replies, *extra])
+        self._confirm(answered, results[: len(replies)])
+        return self.checked(results[len(replies) :])
 
-    def _confirm(self, posted: asyncio.Future[list[Any]]) -> None:
-        answered = self._unconfirmed.pop(posted, [])
-        if posted.cancelled() or posted.exception() is not None:
-            return  # cut: what was pending is recovered, and answered again
-        bad = [reply for reply in posted.result() if isinstance(reply, Exception) or reply < 0]
-        if bad:
-            # Paused past the lease, or refused by the server: whoever holds the messages next answers them.
-            log.warning("%s: replies were not sent (%s)", self.name, bad[0])
-        else:
-            self._retiring += answered
+    def _pack(self, batch: Batch) -> None:
+        """Make the replies so far ready to go out."""
+        self._replies += batch.outbox.commands(batch.not_after_ms)
+        self._answered += batch.answered
+        batch.answered, batch.outbox = [], Outbox(self.settings.reply_limit)
 
     # reading a message
 

@@ -44,6 +44,8 @@ class Crew:
     #: a fresh name per process life: nobody inherits a dead namesake's pending entries
     name: str
     counters: Counters = field(default_factory=Counters)
+    #: see `Consumer.quarantine`
+    quarantine: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 async def run_crew(

@@ -42,12 +42,11 @@ def deployment(heard: Callable[[dict[str, Any]], None], **environment: str) -> I
     ):
         env = os.environ | environment | {"MILLPOND_REDIS_URL": server.url, "MILLPOND_DATA_DIR": directory}
         process = subprocess.Popen(  # noqa: S603 - our own argv, no shell
-            [sys.executable, str(FRONT_DOOR), "up", "--json"],
+            embedded.tethered([sys.executable, str(FRONT_DOOR), "up", "--json"]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             env=env,
             start_new_session=True,  # a Ctrl-C is for the replay, which then stops the workers
-            preexec_fn=embedded.die_with_parent(),
         )
         events: Events = queue.SimpleQueue()
         listener = threading.Thread(target=_listen, args=(process, events), daemon=True)

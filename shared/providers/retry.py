@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 #: The longest random part of a back-off, as a multiple of `backoff_initial`.
 _JITTER = 4.0
+_CHANCE = random.Random()
 #: Seconds: with less than this left, time is up. Timers may fire a little early.
 _TOO_LITTLE = 0.01
 
@@ -47,7 +48,7 @@ async def with_retries(
     loop = asyncio.get_running_loop()
     total = settings.total_timeout if total_timeout is None else total_timeout
     deadline = loop.time() + total
-    draw = (chance or random.Random()).uniform
+    draw = (chance or _CHANCE).uniform
     last: ProviderError | None = None
     started, admitting, least_wait = 0, False, 0.0
 

@@ -1,0 +1,19 @@
+"""The event loop benchmarks run on: uvloop where it is installed, as the workers'."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_fast(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)

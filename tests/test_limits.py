@@ -1,0 +1,95 @@
+"""The pool's rate limits, on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from shared.errors import RateLimited, Unavailable
+from shared.providers.limits import RateLimits, estimate_tokens
+from shared.settings import load
+from tests.conftest import Server
+
+
+@asynccontextmanager
+async def pool_of(server: Server, workers: int, *, period: int = 60, **limits: int) -> AsyncIterator[list[RateLimits]]:
+    """As many workers as asked that share their limits; they leave nothing but windows that expire."""
+    pool = [RateLimits(load(**limits), server.url, period=period) for _ in range(workers)]
+    try:
+        yield pool
+    finally:
+        for worker in pool:
+            await worker.close()
+    with server.connect() as connection:
+        assert all(key.startswith(b"mp:limit:") for key in connection.scan_iter())
+
+
+async def test_a_pool_shares_its_requests_per_minute(server: Server) -> None:
+    async with pool_of(server, 2, requests_per_minute=4) as pool:
+        for worker in pool * 2:
+            await worker.acquire(1, timeout=2)
+        for worker in pool:
+            with pytest.raises(RateLimited, match="MILLPOND_REQUESTS_PER_MINUTE"):
+                await worker.acquire(1, timeout=0.1)
+
+
+async def test_a_pool_shares_its_tokens_per_minute(server: Server) -> None:
+    async with pool_of(server, 2, tokens_per_minute=100) as (one, other):
+        await one.acquire(60, timeout=2)
+        with pytest.raises(RateLimited):
+            await other.acquire(60, timeout=0.1)
+        await other.acquire(40, timeout=2)
+
+
+async def test_a_call_larger_than_the_window_takes_a_whole_window(server: Server) -> None:
+    async with pool_of(server, 1, tokens_per_minute=100) as (worker,):
+        await worker.acquire(5000, timeout=2)
+        with pytest.raises(RateLimited):
+            await worker.acquire(1, timeout=0.1)
+
+
+async def test_whoever_waits_is_admitted_as_the_window_moves(server: Server) -> None:
+    async with pool_of(server, 2, period=1, requests_per_minute=5) as pool:
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            for _, worker in zip(range(12), itertools.cycle(pool), strict=False):
+                tasks.create_task(worker.acquire(1, timeout=20))
+        assert 0.9 <= time.monotonic() - began < 15
+
+
+async def test_a_cancelled_waiter_leaves_the_queue_to_the_next(server: Server) -> None:
+    async with pool_of(server, 1, period=1, requests_per_minute=1) as (worker,):
+        await worker.acquire(1, timeout=2)
+        waiting = asyncio.create_task(worker.acquire(1))
+        behind = asyncio.create_task(worker.acquire(1, timeout=20))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await behind
+        assert waiting.cancelled()
+
+
+async def test_without_a_limit_nothing_is_contacted() -> None:
+    worker = RateLimits(load(), "unix:///nowhere.sock")
+    await worker.acquire(10**9, timeout=1)
+    await worker.close()
+    assert not worker.active
+
+
+async def test_limits_without_redis_are_unavailable() -> None:
+    worker = RateLimits(load(requests_per_minute=1), "unix:///nowhere.sock")
+    with pytest.raises(Unavailable, match="millpond doctor"):
+        await worker.acquire(1, timeout=5)
+    await worker.close()
+
+
+def test_the_estimate_counts_the_prompt_and_the_most_it_may_answer() -> None:
+    body = {"messages": [{"role": "user", "content": "x" * 4000}]}
+    assert 1000 + 256 <= estimate_tokens(body, "chat/completions") < 1300
+    assert 1000 + 50 <= estimate_tokens(body | {"max_tokens": 50}, "chat/completions") < 1100
+    assert 1000 + 150 <= estimate_tokens(body | {"max_tokens": 50, "n": 3}, "chat/completions") < 1200
+    assert estimate_tokens({"input": "x" * 400}, "embeddings") < 120
