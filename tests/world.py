@@ -1,0 +1,402 @@
+"""One cache key in a partition of its own, and what must be true of it after every step.
+
+The steps are the real scripts; what they return is held against a plain history: when each flight began and how it
+ended, what was invalidated when, who asked when. Logical time is the number of steps taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from shared import keys
+from shared.entry import pack, unpack
+from shared.keys import PartitionKeys
+from shared.link import Link
+from shared.scripts import Arg, Script
+from tests.history import DUMP, ERROR, KEEP_MS, TTL_MS, Ask, Flight, LostLease, must
+from workers.consumer import Message, messages_of, server_ms
+from workers.flight import Fill, Outcome
+from workers.outbox import Outbox, error_payload, waiter
+
+
+class World:
+    """The partition, its history, and the scripts as functions of it."""
+
+    def __init__(self, link: Link, partition: int, scripts: Mapping[str, Script]) -> None:
+        self.link = link
+        self.k = PartitionKeys(partition)
+        self.key = f"{partition:032x}"
+        self.client = f"client{partition}"
+        self.scripts = scripts
+        self.step = 0
+        self.unread = 0
+        self.owner: dict[bytes, str] = {}
+        self.requests: dict[bytes, str] = {}
+        self.flights: dict[str, Flight] = {}
+        self.current = ""
+        self.entry = ""
+        self.landed: list[str] = []
+        self.asked: dict[str, Ask] = {}
+        self.invalidated: list[tuple[int, set[str]]] = []
+        self.seen: list[Any] = []
+        self.wrote_nothing = False
+
+    # history
+
+    def overtaken(self, flight: Flight, labels: set[str], by: int | None = None) -> bool:
+        """Whether anything of these labels was invalidated after the flight began (and not after step `by`)."""
+        concerned = labels | {"all", f"key:{self.key}"}
+        return any(at > flight.began and (by is None or at <= by) and tags & concerned for at, tags in self.invalidated)
+
+    def fit_entry(self, labels: set[str]) -> bool:
+        """Whether what is stored may answer a request with these labels."""
+        flight = self.flights.get(self.entry)
+        return flight is not None and not self.overtaken(flight, flight.tags | labels)
+
+    def serve(self, ask: Ask, flight: Flight) -> None:
+        """Note that this flight's outcome is what the request is to be told."""
+        must(
+            not self.overtaken(flight, flight.tags | set(ask.tags), by=ask.published),
+            f"I3: {ask.id} gets {flight.token}, which began before an invalidation that {ask.id} came after",
+        )
+        ask.aboard = flight.token
+
+    # talking to the server
+
+    def call(self, name: str, names: list[str], args: list[Arg]) -> tuple[Arg, ...]:
+        """Return the command that runs a script."""
+        return self.scripts[name].call(names, args)
+
+    async def send(self, outbox: Outbox, not_after_ms: int) -> list[Any]:
+        """Send replies with this world's own `reply` script."""
+        commands = outbox.commands(not_after_ms)
+        return await self.link.send([(c[0], self.scripts["reply"].sha, *c[2:]) for c in commands])
+
+    async def begin(self) -> None:
+        """Create what a deployment has before the first request."""
+        k = self.k
+        await self.link.send(
+            [
+                ("XGROUP", "CREATE", k.requests, keys.LOOKUP_GROUP, "0", "MKSTREAM"),
+                ("XGROUP", "CREATE", k.fills, keys.LLM_GROUP, "0", "MKSTREAM"),
+                ("XGROUP", "CREATE", k.landed, "persistence", "0", "MKSTREAM"),
+                ("XADD", keys.reply(self.client), "*", "", ""),
+                self.call("invalidate", [k.invalidations, k.tags], ["genesis", 1000]),
+            ]
+        )
+
+    async def look(self) -> None:
+        """Take in everything there is, and hold it against history."""
+        k, tokens = self.k, list(self.flights)
+        names = [k.requests, k.fills, k.landed, k.invalidations, k.tags, k.entry(self.key), k.flight(self.key)]
+        names += [name for t in tokens for name in (k.waiters(self.key, t), k.outcome(self.key, t))]
+        names.append(keys.reply(self.client))
+        dump = await self.link.call(("EVAL", DUMP, len(names), *names))
+        if self.wrote_nothing:
+            must(dump == self.seen, "I6: a worker without the lease wrote something")
+            self.wrote_nothing = False
+        self.seen = dump
+        held = {row[0].decode(): row[3] for row in dump}
+        stored = held.get(k.entry(self.key))
+        if stored is not None:
+            must(self.answer_of(stored) == self.entry, "I7: the stored answer changed without landing")
+        told = [self.answer_of(fields[3]) for _, fields in held[k.landed]]
+        must(told == self.landed, "`landed` differs from what was stored")
+        live = held.get(k.flight(self.key))
+        if live is not None:
+            token = dict(zip(live[::2], live[1::2], strict=True))[b"token"].decode()
+            must(not self.flights[token].ended, "a flight that has ended can still be joined")
+
+    def answer_of(self, entry: bytes) -> str:
+        """Return which flight computed an entry."""
+        return str(orjson.loads(unpack(self.key, entry).tail.join([b"{", b""]))["body"]["answer"])
+
+    # a lookup worker's steps
+
+    async def publish(self, who: str, ask: Ask) -> bytes | None:
+        """Publish a request, read it, look at L2: return the entry, if any."""
+        k = self.k
+        ask.published = self.step
+        self.asked[ask.id] = ask
+        replies = await self.link.send(
+            [
+                self.call("publish", [k.requests], [100, ask.id, self.client, 0, b"{}", ""]),
+                ("XREADGROUP", "GROUP", keys.LOOKUP_GROUP, who, "COUNT", 1, "STREAMS", k.requests, ">"),
+                self.call("fetch", [k.tags, k.entry(self.key)], [self.key, "\n".join(ask.tags)]),
+            ]
+        )
+        ask.message = replies[1][0][1][0][0]
+        self.requests[ask.message] = who
+        found = replies[2][0]
+        if isinstance(found, bytes) and ask.reads:
+            self.serve(ask, self.flights[self.answer_of(found)])
+            return found
+        must(not (ask.reads and self.fit_entry(set(ask.tags))), "a stored answer was not found")
+        return None
+
+    async def steal(self, who: str, ask: Ask) -> None:
+        """Take a message over from a lookup worker whose lease ran out."""
+        claimed = await self.link.call(("XCLAIM", self.k.requests, keys.LOOKUP_GROUP, who, 0, ask.message))
+        if claimed:
+            self.requests[ask.message] = who
+
+    async def join(self, who: str, ask: Ask, token: str) -> bytes | None:
+        """Join or begin a flight; return the entry when one has been stored meanwhile."""
+        k, key, labels = self.k, self.key, set(ask.tags)
+        token = token if ask.shared else f"{self.client}.{ask.id}"
+        spec = {"endpoint": "responses", "model": "m", "tags": sorted(labels), "ttl_ms": TTL_MS}
+        (_, now) = await self.link.send([("PING",), ("TIME",)])
+        names = [k.requests, k.fills, k.entry(key), k.flight(key), k.tags, k.waiters(key, "")]
+        args: list[Arg] = [
+            keys.LOOKUP_GROUP, who, key, token, ask.mode, 0, TTL_MS, int(ask.stores), server_ms(now) + KEEP_MS, 100,
+            b"{}", orjson.dumps(spec), "\n".join(sorted(labels)), ask.message, waiter(self.client, ask.id.encode()),
+        ]  # fmt: skip
+        result = await self.link.call(self.call("join", names, args))
+        status, owned = result[0].decode(), self.requests.get(ask.message) == who
+        must((status != "LOST") == owned, f"I6: {who} joined a message it does not own, or was refused its own")
+        if status == "LOST":
+            self.wrote_nothing = True
+        elif status == "HIT":
+            must(ask.reads, f"{ask.mode} was answered from the cache")
+            self.serve(ask, self.flights[self.answer_of(result[1])])
+            return bytes(result[1])
+        elif status == "BEGUN":
+            self._begun(ask, labels, result[1].decode())
+        else:
+            self._joined(ask, labels, result[1].decode())
+        return None
+
+    def _begun(self, ask: Ask, labels: set[str], token: str) -> None:
+        live = [
+            f.token
+            for f in self.flights.values()
+            if f.shared and ask.shared and not f.ended and not self.overtaken(f, f.tags | labels)
+        ]
+        must(not live, f"I1: {token} began while {live} was live")
+        must(not (ask.reads and self.fit_entry(labels)), f"{token} began although the answer is stored")
+        flight = Flight(token, self.step, set(labels), ask.shared, ask.stores, [ask.id])
+        self.flights[token] = flight
+        if ask.shared:
+            self.current = token
+        self.unread += 1
+        del self.requests[ask.message]
+        self.serve(ask, flight)
+
+    def _joined(self, ask: Ask, labels: set[str], token: str) -> None:
+        flight = self.flights[token]
+        must(flight.shared and ask.shared, "somebody joined, or joined from, a bypass")
+        must(not flight.ended, f"I2: {ask.id} joined {token}, which had ended: nobody will tell it")
+        flight.tags |= labels
+        flight.store |= ask.stores
+        flight.waiters.append(ask.id)
+        del self.requests[ask.message]
+        self.serve(ask, flight)
+
+    async def answer(self, who: str, ask: Ask, entry: bytes) -> None:
+        """Reply from an entry, and retire the request."""
+        outbox = Outbox(1000)
+        outbox.add(self.client, ask.id.encode(), unpack(self.key, entry).reply("l2", 0))
+        owned = self.requests.get(ask.message) == who
+        sent = await self.send(outbox, 1 << 50 if owned else 0)
+        must(sent == [1 if owned else -1], f"I6: {who} replied without the lease, or could not with it")
+        retired = await self.link.call(self.call("retire", [self.k.requests], [keys.LOOKUP_GROUP, who, ask.message]))
+        must(retired == owned, "I6: retired by somebody else, or not by its owner")
+        self.wrote_nothing = not owned
+        if owned:
+            del self.requests[ask.message]
+
+    async def invalidate(self, tags: tuple[str, ...]) -> None:
+        """Invalidate; it counts from this step on."""
+        await self.link.call(self.call("invalidate", [self.k.invalidations, self.k.tags], ["t", 1000, *tags]))
+        self.invalidated.append((self.step, set(tags)))
+
+    # an LLM worker's steps
+
+    async def take(self, who: str) -> Fill:
+        """Read a fill and begin to compute."""
+        k = self.k
+        read = await self.link.call(
+            ("XREADGROUP", "GROUP", keys.LLM_GROUP, who, "COUNT", 1, "STREAMS", k.fills, ">"),
+        )
+        fill = Fill.read(k.fills, messages_of(read[0][1])[0])
+        self.unread -= 1
+        self.owner[fill.id] = who
+        self.flights[fill.token].computed += 1
+        return fill
+
+    def abandoned_by_others(self, who: str) -> bool:
+        """Whether there is a fill to reclaim."""
+        return any(owner != who for owner in self.owner.values())
+
+    async def reclaim(self, who: str) -> Fill:
+        """Take over the first fill another worker holds: its lease ran out."""
+        k = self.k
+        (_, ids, *_) = await self.link.call(
+            ("XAUTOCLAIM", k.fills, keys.LLM_GROUP, who, 0, "0-0", "COUNT", 10, "JUSTID"),
+        )
+        taken = next(i for i in ids if self.owner[i] != who)
+        raw = await self.link.call(self.call("redeliver", [k.fills], [keys.LLM_GROUP, who, 1, taken]))
+        for message_id in ids:
+            self.owner[message_id] = who
+        fill = Fill.read(k.fills, Message(taken, dict(zip(raw[0][1][::2], raw[0][1][1::2], strict=True)), raw[0][2]))
+        self.flights[fill.token].reclaimed += 1
+        return fill
+
+    def _checked(self, who: str, fill: Fill, reply: list[Any]) -> str:
+        status, owned = reply[0].decode(), self.owner.get(fill.id) == who
+        must((status != "LOST") == owned, f"I6: {who} got {status} and does {'' if owned else 'not '}own the fill")
+        self.wrote_nothing = status == "LOST"
+        if status == "DONE":
+            must(self.flights[fill.token].ended, "an outcome was found that nobody settled")
+        return str(status)
+
+    def _names(self, fill: Fill) -> list[str]:
+        k = self.k
+        return [
+            fill.stream,
+            k.flight(fill.key),
+            k.waiters(fill.key, fill.token),
+            k.outcome(fill.key, fill.token),
+        ]
+
+    async def renew(self, who: str, fill: Fill) -> bool:
+        """Renew the lease; False when it is lost."""
+        args: list[Arg] = [keys.LLM_GROUP, who, KEEP_MS, fill.id, fill.token]
+        (kept,) = await self.link.call(self.call("renew", self._names(fill)[:3], args))
+        must(bool(kept) == (self.owner.get(fill.id) == who), "I6: a lost lease was renewed, or a good one was not")
+        self.wrote_nothing = not kept
+        return bool(kept)
+
+    async def resume(self, who: str, fill: Fill) -> Outcome | None:
+        """Look what is left to do; None: compute."""
+        reply = await self.link.call(self.call("resume", self._names(fill), [keys.LLM_GROUP, who, fill.id, fill.token]))
+        status = self._checked(who, fill, reply)
+        if status == "LOST":
+            raise LostLease
+        flight = self.flights[fill.token]
+        if status == "DONE":
+            return Outcome.recorded(fill, reply)
+        must(status == "COMPUTE", f"I2: {fill.token} was given up though somebody waits")
+        must(not flight.ended, f"I1: {fill.token} is computed again though it had ended")
+        flight.computed += 1
+        must(flight.computed <= 1 + flight.reclaimed, f"I1: {fill.token} was computed {flight.computed} times")
+        return None
+
+    async def land(self, who: str, fill: Fill) -> Outcome:
+        """Publish the answer."""
+        k, body = self.k, orjson.dumps({"answer": fill.token})
+        meta, packed = pack(body, model="m", compute_ms=1, compress_above=1000)
+        stream, flight, waiters, outcome = self._names(fill)
+        reply = await self.link.call(
+            self.call(
+                "land",
+                [stream, k.entry(fill.key), flight, waiters, outcome, k.tags, k.landed, k.invalidations],
+                [
+                    keys.LLM_GROUP, who, fill.id, fill.key, fill.token, fill.epoch, fill.tags, fill.ttl_ms, "",
+                    KEEP_MS, meta, packed, 1000,
+                ],
+            )
+        )  # fmt: skip
+        status = self._checked(who, fill, reply)
+        if status == "LOST":
+            raise LostLease
+        if status == "DONE":
+            return Outcome.recorded(fill, reply)
+        self._landed(self.flights[fill.token], status)
+        landed = Outcome.landed(fill, reply, body)
+        self._aboard(fill, landed)
+        return landed
+
+    def _landed(self, flight: Flight, reason: str) -> None:
+        must(not flight.ended, f"{flight.token} landed twice")
+        overtaken = self.overtaken(flight, flight.tags)
+        current = self.current == flight.token
+        if reason == "stored":
+            must(flight.shared and flight.store, f"{flight.token} was stored against its directives")
+            must(current and not overtaken, f"I4: {flight.token} was overtaken and stored")
+            before = self.flights.get(self.entry)
+            must(before is None or before.began <= flight.began, "I7: an older answer overwrote a newer one")
+            self.entry = flight.token
+            self.landed.append(flight.token)
+        else:
+            must(not (current and flight.store and not overtaken), f"a good answer was not stored: {reason}")
+        flight.ended = reason
+        self.current = "" if current else self.current
+
+    def _aboard(self, fill: Fill, outcome: Outcome) -> None:
+        told = [aboard.split(b" ")[1].decode() for aboard in outcome.waiters]
+        expected = self.flights[fill.token].waiters
+        must(told == expected, f"I2: {fill.token} tells {told}, but {expected} wait for it")
+
+    async def fail(self, who: str, fill: Fill) -> Outcome:
+        """End the flight with an error."""
+        args: list[Arg] = [keys.LLM_GROUP, who, fill.id, fill.token, orjson.dumps(ERROR.to_wire()), KEEP_MS]
+        reply = await self.link.call(self.call("fail", self._names(fill), args))
+        status = self._checked(who, fill, reply)
+        if status == "LOST":
+            raise LostLease
+        if status == "DONE":
+            return Outcome.recorded(fill, reply)
+        flight = self.flights[fill.token]
+        must(not flight.ended, f"{fill.token} failed after it had ended")
+        flight.ended = "failed"
+        self.current = "" if self.current == fill.token else self.current
+        outcome = Outcome(reply[1], reply[2], error_payload(ERROR), error_payload(ERROR))
+        self._aboard(fill, outcome)
+        return outcome
+
+    async def tell(self, who: str, fill: Fill, outcome: Outcome) -> None:
+        """Reply to everyone aboard. A lease that was lost has run out by the server's clock."""
+        owned = self.owner.get(fill.id) == who
+        outbox = Outbox(1000)
+        outbox.add_waiters(outcome.waiters, outcome.first, outcome.rest)
+        sent = await self.send(outbox, outcome.now_ms + KEEP_MS if owned else outcome.now_ms - 1)
+        must(sent == [1 if owned else -1], f"I6: {who} replied without the lease, or could not with it")
+        self.wrote_nothing = not owned
+        if not owned:
+            raise LostLease
+
+    async def clear(self, who: str, fill: Fill) -> None:
+        """Forget the flight."""
+        stream, _, waiters, outcome = self._names(fill)
+        cleared = await self.link.call(
+            self.call("clear", [stream, waiters, outcome], [keys.LLM_GROUP, who, fill.id]),
+        )
+        must(bool(cleared) == (self.owner.get(fill.id) == who), "I6: cleared by somebody else, or not by its owner")
+        self.wrote_nothing = not cleared
+        if cleared:
+            del self.owner[fill.id]
+
+    # the end
+
+    async def settle(self) -> None:
+        """Hold against history what everyone was told; nothing may be left."""
+        await self.look()
+        held = {row[0].decode(): row for row in self.seen}
+        for name in (self.k.requests, self.k.fills):
+            must(not held[name][3] and not held[name][4], f"I8: something is left in {name}")
+        stays = {self.k.requests, self.k.fills, self.k.landed, self.k.invalidations, self.k.tags}
+        stays |= {self.k.entry(self.key), keys.reply(self.client)}
+        must(set(held) <= stays, f"left over: {set(held) - stays}")
+        told: dict[str, list[dict[str, Any]]] = {name: [] for name in self.asked}
+        for _, fields in held[keys.reply(self.client)][3]:
+            for ids, payload in zip(fields[::2], fields[1::2], strict=True):
+                for request_id in ids.decode().split():
+                    told[request_id].append(orjson.loads(payload))
+        for ask in self.asked.values():
+            must(told[ask.id], f"I2: {ask.id} was never told")
+            for reply in told[ask.id]:
+                self._told_right(ask, reply)
+
+    def _told_right(self, ask: Ask, reply: dict[str, Any]) -> None:
+        flight = self.flights[ask.aboard]
+        if flight.ended == "failed":
+            must(reply == {"error": ERROR.to_wire()}, f"I5: {ask.id} was not told its flight's own error: {reply}")
+            return
+        must(reply.get("body") == {"answer": flight.token}, f"{ask.id} was told {reply} instead of {flight.token}")
+        if reply["tier"] == "llm":
+            must(reply["stored"] == flight.ended, f"{ask.id} was told {reply['stored']}, not {flight.ended}")
+            must(reply["collapsed"] == (flight.waiters[0] != ask.id), f"{ask.id}: collapsed is wrong")
