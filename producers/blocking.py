@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from producers.client import Client
-from producers.reply import Reply
 from shared.profiles import DEFAULT_PROFILE
 from shared.settings import Settings
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _blocking(
+    method: Callable[Concatenate[Client, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[BlockingClient, P], T]:
+    """Return a method of `Client` as one that waits for its result; same arguments, same errors."""
+
+    @wraps(method)
+    def call(self: BlockingClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(method(self._client, *args, **kwargs))
+
+    return call
 
 
 class BlockingClient:
@@ -54,17 +67,9 @@ class BlockingClient:
             future.cancel()
             raise
 
-    def ask(self, prompt: str | None = None, **options: Any) -> Reply:
-        """As `Client.ask`."""
-        return self._run(self._client.ask(prompt, **options))
-
-    def ask_body(self, body: Mapping[str, Any] | bytes, **directives: Any) -> Reply:
-        """As `Client.ask_body`."""
-        return self._run(self._client.ask_body(body, **directives))
-
-    def invalidate(self, **what: Any) -> dict[int, str]:
-        """As `Client.invalidate`."""
-        return self._run(self._client.invalidate(**what))
+    ask = _blocking(Client.ask)
+    ask_body = _blocking(Client.ask_body)
+    invalidate = _blocking(Client.invalidate)
 
     def close(self) -> None:
         """As `Client.close`; safe to call twice."""

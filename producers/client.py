@@ -129,6 +129,7 @@ class Client:
 
     async def ask(
         self,
+        /,
         prompt: str | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
