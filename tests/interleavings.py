@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from shared.link import Link
 from shared.scripts import SCRIPTS, Script
-from tests.history import Ask, LostLease, Violation
+from tests.history import Ask, LostLease, Violation, must
 from tests.world import World
 from workers.flight import Fill, Outcome
 
@@ -134,6 +134,7 @@ async def play(link: Link, scenario: Scenario, prefix: str, scripts: Mapping[str
             chosen = prefix[len(schedule)] if len(schedule) < len(prefix) else enabled[0]
             if len(schedule) >= len(prefix):
                 branches += [schedule + other for other in enabled[1:]]
+            must(chosen in enabled, f"no such schedule: after {schedule!r} only {enabled} can go on")
             schedule += chosen
             told.append(f"{chosen}.{steps[chosen].label}")
             await _advance(w, chosen, cast, steps)

@@ -209,6 +209,8 @@ class LookupConsumer(Consumer):
         self._pack(batch)
         if batch.moves:
             await self._move(batch)
+        if batch.chores:
+            await self.link.send(batch.chores)
 
     async def _send(self, batch: Batch, extra: list[Command]) -> list[Any]:
         """Send the replies so far and `extra` behind them; return the results of `extra`.
@@ -334,9 +336,10 @@ class LookupConsumer(Consumer):
             else:
                 aboard.append((question, asks))
         joins = [self._join_command(question, asks, batch.now_ms) for question, asks in aboard]
-        results = await self._send(batch, [*batch.chores, *joins])
+        chores, batch.chores = batch.chores, []
+        results = await self._send(batch, [*chores, *joins])
         fault_point("lookup_after_join")
-        for (question, asks), result in zip(aboard, results[len(batch.chores) :], strict=True):
+        for (question, asks), result in zip(aboard, results[len(chores) :], strict=True):
             self._joined(batch, question, asks, result)
 
     def _join_command(self, question: Question, asks: list[Ask], now_ms: int) -> Command:
