@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from hashlib import blake2b
+from importlib.resources import files
 
 import orjson
 import pytest
@@ -104,3 +106,9 @@ def test_age_and_ttl_are_never_negative() -> None:
 
 def test_an_answer_that_is_not_stored_has_no_ttl() -> None:
     assert orjson.loads(payload("llm", False, "length", 1000, 2000, 1000, b'"body":{}}'))["ttl"] == 0
+
+
+def test_the_dictionary_of_stored_answers_never_changes() -> None:
+    """Entries in Redis were packed with it: a better one needs a new name and a new `enc`."""
+    text = files("shared").joinpath("dictionary_1.txt").read_bytes()
+    assert blake2b(text, digest_size=16).hexdigest() == "3451201df991b5703881cd4d6a6f35d9"
