@@ -43,7 +43,7 @@ async def killed_by(pond: Pond, kind: str, script: str, marker: bytes) -> AsyncI
     async def keep_one_alive() -> None:
         nonlocal deaths
         while True:
-            async with pond.process(kind, url=proxy.url) as process:
+            async with pond.process(kind, ready=False, url=proxy.url) as process:
                 living.append(process)
                 await asyncio.to_thread(process.wait, 60)
                 deaths += 1

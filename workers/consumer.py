@@ -7,6 +7,7 @@ nobody survives, and hands back what it has not finished when it is told to stop
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -73,6 +74,7 @@ class Consumer(ABC):
         #: held while one message is handled that may have killed its workers: one at a time in the whole process
         self.quarantine = asyncio.Lock()
         self._blocked = False
+        self._reading_id = 0
         self._cursors: dict[str, bytes] = {}
         self._next_reclaim = 0.0
         self._next_dismissal = 0.0
@@ -138,6 +140,7 @@ class Consumer(ABC):
         while not self.stopping:
             try:
                 await self.prepare()
+                self._reading_id = await self.reading.call(("CLIENT", "ID"))
                 if self._cut:
                     await self._recover_own()
                     self._cut = False
@@ -163,8 +166,14 @@ class Consumer(ABC):
         await self._leave()
 
     async def stop(self) -> None:
-        """End the loop: break off a blocking read; a batch in hand is finished."""
+        """End the loop: a blocking read returns early; what it brought, and a batch in hand, is finished."""
         self.stopping = True
+        # Never by closing the connection: the server may run the read after all, once everything was handed back.
+        with contextlib.suppress(TimeoutError, *LINK_ERRORS):
+            async with asyncio.timeout(self.tick + 1):
+                while self._blocked:
+                    await self.link.post([("CLIENT", "UNBLOCK", self._reading_id)])
+                    await asyncio.sleep(0.02)
         if self._blocked:
             await self.reading.close()
 

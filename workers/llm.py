@@ -106,8 +106,9 @@ class LLMConsumer(Consumer):
     async def _read(self, stream: str, block: float | None) -> bool:
         commands = [self.read_command(stream, self.room(), block=block), ("TIME",)]
         read, now = self.checked(await self.read(commands))
-        fault_point("llm_after_read")
         messages = messages_of(read[0][1]) if read else []
+        if messages:
+            fault_point("llm_after_read")
         for message in messages:
             # What waited long is looked at again before it is paid for, like what was reclaimed.
             waited_ms = server_ms(now) - int(message.id.split(b"-")[0])
