@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
 from redis.exceptions import RedisError
 
 from shared import keys
-from shared.link import LINK_ERRORS, Link
+from shared.link import LINK_ERRORS, Command, Link
 
 log = logging.getLogger("millpond.client")
 
@@ -49,6 +50,9 @@ class ReplyChannel:
         self._untrimmed = 0
         self._next_care = 0.0
         self._forgotten = False
+        #: what to add to this process' monotonic clock for the server's, in seconds: deadlines on the wire are told in
+        #: the server's, and no two clocks keep together for ever
+        self.clock_offset = 0.0
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -57,17 +61,24 @@ class ReplyChannel:
         self._task = asyncio.create_task(self._read_forever())
 
     async def close(self) -> None:
-        """Stop reading and delete the channel."""
+        """Stop reading."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._link.close()
 
     async def _create(self) -> None:
-        added, _ = await self._link.send(
-            [("XADD", self._name, "*", "", ""), ("PEXPIRE", self._name, self._ttl_ms)],
-        )
+        (added,) = await self._with_clock([("XADD", self._name, "*", "", "")])
         self._last = added
+
+    async def _with_clock(self, commands: list[Command]) -> list[Any]:
+        """Run commands, renew the channel's life and learn the server's clock, in one round trip."""
+        before = time.monotonic()
+        *results, alive, told = await self._link.send([*commands, ("PEXPIRE", self._name, self._ttl_ms), ("TIME",)])
+        self.clock_offset = int(told[0]) + int(told[1]) / 1e6 - (before + time.monotonic()) / 2
+        if not alive:
+            self._forgotten = True
+        return results
 
     async def _read_forever(self) -> None:
         pause = 0.02
@@ -85,16 +96,13 @@ class ReplyChannel:
             await self._create()
             self._forgotten = False
             self._renewed()
-        read_command = ("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", self._name, self._last)
         now = self._loop.time()
-        if self._untrimmed < _TRIM_AFTER and now < self._next_care:
-            (read,) = await self._link.send([read_command])
-        else:
-            trim = ("XTRIM", self._name, "MINID", self._last)
-            alive, _, read = await self._link.send([("PEXPIRE", self._name, self._ttl_ms), trim, read_command])
+        if self._untrimmed >= _TRIM_AFTER or now >= self._next_care:
+            await self._with_clock([("XTRIM", self._name, "MINID", self._last)])
             self._untrimmed, self._next_care = 0, now + _CARE
-            if not alive:
-                self._forgotten = True
+            if self._forgotten:
+                return
+        read = await self._link.call(("XREAD", "COUNT", _COUNT, "BLOCK", _BLOCK_MS, "STREAMS", self._name, self._last))
         if read:
             self._take(read[0][1])
 

@@ -15,14 +15,14 @@ from redis.exceptions import RedisError
 from producers.channel import ReplyChannel
 from producers.publisher import Outgoing, Publisher
 from producers.reply import Reply, error_of
-from shared.deployment import settle
+from shared.deployment import recorded
 from shared.embedded import resolve_url
 from shared.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from shared.keys import PartitionKeys
 from shared.link import LINK_ERRORS, Link
 from shared.messages import MAX_DEADLINE, Mode, Rules, label, seconds, tags_of
 from shared.profiles import DEFAULT_PROFILE
-from shared.scripts import SCRIPTS
+from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings, load
 
 _ERROR = b'{"error"'
@@ -48,7 +48,7 @@ class Client:
     ) -> None:
         self._settings = settings or (load(redis_url=url) if url else load())
         self._url = url
-        self._defaults = {} if tenant == "default" else {"tenant": label(tenant, "tenant")}
+        self._defaults: dict[str, Any] = {} if tenant == "default" else {"tenant": label(tenant, "tenant")}
         if profile != DEFAULT_PROFILE:
             self._defaults["profile"] = profile
         self._rules = Rules.of(self._settings)
@@ -91,24 +91,20 @@ class Client:
                 renewed=self._ask_again,
             )
             try:
-                partitions = await settle(link, self._settings.partitions)
-                await self._set_clock(link)
+                partitions = await recorded(link, self._settings.partitions)
                 await channel.open()
             except (*LINK_ERRORS, RedisError) as error:
                 await channel.close()
                 await link.close()
                 raise Unavailable(f"no Redis server answers: {error}; `millpond doctor` says more") from error
             except BaseException:
+                await channel.close()
                 await link.close()
                 raise
-            self._link, self._channel = link, channel
-            self._publisher = Publisher(link, partitions, self._rules, self._settings.request_limit)
-
-    async def _set_clock(self, link: Link) -> None:
-        """Learn the server's clock: deadlines on the wire are told in it, deadlines here never depend on it."""
-        before = time.monotonic()
-        told = await link.call(("TIME",))
-        self._server_offset = int(told[0]) + int(told[1]) / 1e6 - (before + time.monotonic()) / 2
+            self._link, self._channel, self._born = link, channel, partitions is not None
+            # Before any worker has started, any partition will do: workers hand over what is not theirs.
+            assumed = partitions or self._settings.partitions or 1
+            self._publisher = Publisher(link, assumed, self._rules, self._settings.request_limit)
 
     async def close(self) -> None:
         """Leave; whoever still waits gets `Unavailable`."""
@@ -213,12 +209,12 @@ class Client:
         return await self._outcome(encoded, cache, wait)
 
     async def _outcome(self, body: bytes, cache: bytes, wait: float) -> Reply:
-        assert self._publisher is not None  # noqa: S101 (ask_body connected)
+        assert self._publisher is not None and self._channel is not None  # noqa: S101 (ask_body connected)
         loop = self._loop
         self._count += 1
         request_id = f"{self._id}-{self._count:x}"
         future: asyncio.Future[Reply] = loop.create_future()
-        deadline_ms = int((time.monotonic() + wait + self._server_offset) * 1000)
+        deadline_ms = int((time.monotonic() + wait + self._channel.clock_offset) * 1000)
         outgoing = Outgoing(request_id, self._id, deadline_ms, body, cache, future)
         self._publisher.publish(outgoing)
         self._waiting[request_id] = future, outgoing
@@ -262,14 +258,11 @@ class Client:
         tags: Sequence[str],
         scope: Mapping[str, str] | None,
     ) -> bytes:
-        if not (profile or tenant or mode or tags or scope or self._defaults) and ttl is None and max_age is None:
-            return b""
-        wire: dict[str, Any] = dict(self._defaults)
         named = {"profile": profile, "tenant": tenant, "mode": mode, "ttl": ttl, "max_age": max_age, "scope": scope}
-        wire.update({name: value for name, value in named.items() if value is not None})
+        wire = self._defaults | {name: value for name, value in named.items() if value is not None}
         if tags:
             wire["tags"] = [tags] if isinstance(tags, str) else list(tags)
-        return self._encode(wire, "cache")
+        return self._encode(wire, "cache") if wire else b""
 
     @staticmethod
     def _encode(value: Mapping[str, Any], field: str) -> bytes:
@@ -306,14 +299,18 @@ class Client:
         if self._publisher is None:
             await self.connect()
         assert self._publisher is not None and self._link is not None  # noqa: S101 (connected)
-        limit = self._settings.invalidation_limit
-        commands = []
-        for partition in range(self._publisher.partitions):
-            k = PartitionKeys(partition)
-            commands.append(SCRIPTS["invalidate"].call([k.invalidations, k.tags], [self._id, limit, *marked]))
+        args: list[Arg] = [self._id, self._settings.invalidation_limit, *marked]
         for attempt in range(4):
             with contextlib.suppress(*LINK_ERRORS, RedisError):
-                ids = await self._link.send(commands)
+                logs = [PartitionKeys(p) for p in range(await self._partitions(self._link, self._publisher))]
+                ids = await self._link.send([SCRIPTS["invalidate"].call([k.invalidations, k.tags], args) for k in logs])
                 return {partition: entry.decode() for partition, entry in enumerate(ids)}
             await asyncio.sleep(0.05 * 2**attempt)
         raise Unavailable("the invalidation did not reach every partition: call again once Redis answers")
+
+    async def _partitions(self, link: Link, publisher: Publisher) -> int:
+        """Return how many partitions there are, asked again if no worker had started when this client did."""
+        if not self._born and (partitions := await recorded(link, self._settings.partitions)) is not None:
+            publisher.spread(partitions)
+            self._born = True
+        return publisher.partitions

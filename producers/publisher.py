@@ -31,21 +31,27 @@ class Outgoing:
     body: bytes
     cache: bytes
     future: asyncio.Future[Any]
+    #: sent before, on a connection that was cut
+    repeated: bool = False
 
 
 class Publisher:
     """Publishes until it is known to be accepted or refused; twice is harmless, because replies are matched by id."""
 
     def __init__(self, link: Link, partitions: int, rules: Rules, limit: int) -> None:
-        self.partitions = partitions
         self._link = link
         self._rules = rules
         self._limit = limit
-        self._streams = [PartitionKeys(p).requests for p in range(partitions)]
+        self.spread(partitions)
         self._queue: list[Outgoing] = []
         self._loop = asyncio.get_running_loop()
         self._flushing: asyncio.Handle | None = None
         self._pause = _PAUSE[0]
+
+    def spread(self, partitions: int) -> None:
+        """Publish to so many partitions from now on."""
+        self.partitions = partitions
+        self._streams = [PartitionKeys(p).requests for p in range(partitions)]
 
     def publish(self, outgoing: Outgoing) -> None:
         """Queue one request. It goes out with all others of this turn of the loop."""
@@ -72,17 +78,28 @@ class Publisher:
             (accepted,) = reply.result()
         except LINK_ERRORS:
             # The command may have run. Published again it is answered again, and the client drops the repeat.
-            self._queue += sent
-            if self._flushing is None:
-                self._flushing = self._loop.call_later(self._pause * random.uniform(0.5, 1.5), self._flush)
-            self._pause = min(self._pause * 2, _PAUSE[1])
+            for outgoing in sent:
+                outgoing.repeated = True
+            self._again(sent)
             return
+        except RedisError as error:
+            accepted = error
         self._pause = _PAUSE[0]
         if isinstance(accepted, RedisError):
             _refuse(sent, Unavailable(f"the server refused the request: {accepted}; `millpond doctor` says more"))
         elif accepted < len(sent):
             full = f"{self._limit} requests are waiting already: try again later, or run more lookup workers"
-            _refuse(sent[accepted:], Overloaded(full, retry_after=_RETRY_AFTER))
+            _refuse([o for o in sent[accepted:] if not o.repeated], Overloaded(full, retry_after=_RETRY_AFTER))
+            # Its first try may have been accepted, so it cannot be called refused: it is tried until its deadline.
+            self._again([o for o in sent[accepted:] if o.repeated])
+
+    def _again(self, outgoing: list[Outgoing]) -> None:
+        if not outgoing:
+            return
+        self._queue += outgoing
+        if self._flushing is None:
+            self._flushing = self._loop.call_later(self._pause * random.uniform(0.5, 1.5), self._flush)
+        self._pause = min(self._pause * 2, _PAUSE[1])
 
     def _by_partition(self, waiting: list[Outgoing]) -> list[tuple[int, list[Outgoing]]]:
         if self.partitions == 1:
@@ -91,10 +108,10 @@ class Publisher:
         for outgoing in waiting:
             try:
                 key = understand(outgoing.body, outgoing.cache, self._rules).key
-            except InvalidRequest as error:
-                _refuse([outgoing], error)
-            else:
-                parts.setdefault(partition_of(key, self.partitions), []).append(outgoing)
+                partition = partition_of(key, self.partitions)
+            except InvalidRequest:
+                partition = 0  # the workers may know better, a profile of theirs perhaps; else they say what is wrong
+            parts.setdefault(partition, []).append(outgoing)
         return list(parts.items())
 
     def _command(self, partition: int, part: list[Outgoing]) -> Command:

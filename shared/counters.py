@@ -23,6 +23,11 @@ class Counters:
         taken, self._counts = dict(self._counts), defaultdict(int)
         return taken
 
+    def put_back(self, taken: dict[str, int]) -> None:
+        """Count again what could not be added to the sum."""
+        for name, count in taken.items():
+            self._counts[name] += count
+
     @staticmethod
     def commands(taken: dict[str, int]) -> list[Command]:
         """Return the commands that add `taken` to the deployment's sum."""

@@ -8,6 +8,16 @@ from shared.link import Link
 from shared.messages import SCHEMA
 
 
+async def recorded(link: Link, configured: int | None) -> int | None:
+    """Return the number of partitions of a deployment that was born; None if none was, for only workers give birth.
+
+    Raises:
+        ConfigError: as `settle`.
+    """
+    born = await link.call(("HMGET", keys.DEPLOYMENT, "partitions", "schema"))
+    return None if None in born else _checked(born, configured)
+
+
 async def settle(link: Link, configured: int | None) -> int:
     """Record the number of partitions if this is the first start; return the number in force.
 
@@ -21,6 +31,10 @@ async def settle(link: Link, configured: int | None) -> int:
             ("HMGET", keys.DEPLOYMENT, "partitions", "schema"),
         ]
     )
+    return _checked(born, configured)
+
+
+def _checked(born: list[bytes], configured: int | None) -> int:
     partitions, schema = (int(value) for value in born)
     if schema != SCHEMA:
         raise ConfigError(

@@ -29,7 +29,7 @@ LINK_ERRORS = (RedisConnectionError, RedisTimeoutError, OSError)
 _CONNECT_TIMEOUT = 5.0
 _LOADING = [("SCRIPT", "LOAD", script.source) for script in SCRIPTS.values()]
 #: Error replies that say "not this connection, not now" rather than "not this command".
-_PASSING = ("NOSCRIPT", "LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "OOM", "MISCONF", "NOREPLICAS")
+_PASSING = ("NOSCRIPT", "LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "BUSY ")
 
 
 class _Posted:

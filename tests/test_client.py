@@ -14,6 +14,7 @@ import pytest
 from producers.blocking import BlockingClient
 from producers.client import Client
 from producers.reply import Reply
+from shared import keys
 from shared.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -24,6 +25,7 @@ from shared.errors import (
     Unavailable,
 )
 from shared.keys import PartitionKeys
+from shared.messages import SCHEMA
 from tests import faults_support
 from tests.conftest import Server
 from tests.faults_support import Pond, answers, outcomes, until
@@ -274,14 +276,15 @@ async def test_a_provider_s_error_reaches_everyone_typed(pond: Pond, partitions:
 
 
 async def test_a_process_configured_for_other_partitions_is_refused(pond: Pond) -> None:
-    async with pond.client(partitions=4):
-        with pytest.raises(ConfigError, match="MILLPOND_PARTITIONS=4") as refusal:
-            await pond.client(partitions=1).connect()
+    pond.redis.hset(keys.DEPLOYMENT, mapping={"partitions": 4, "schema": SCHEMA})
+    with pytest.raises(ConfigError, match="MILLPOND_PARTITIONS=4") as refusal:
+        await pond.client(partitions=1).connect()
     assert refusal.value.field == "partitions"
 
 
 async def test_a_process_not_configured_takes_the_recorded_partitions(pond: Pond) -> None:
-    async with pond.client(partitions=4), pond.client(partitions=None) as client:
+    pond.redis.hset(keys.DEPLOYMENT, mapping={"partitions": 4, "schema": SCHEMA})
+    async with pond.client(partitions=None) as client:
         with pytest.raises(DeadlineExceeded):
             await asyncio.gather(*(client.ask(f"q{n}", timeout=0.1) for n in range(40)))
     assert sum(pond.redis.exists(PartitionKeys(p).requests) for p in range(4)) == 4

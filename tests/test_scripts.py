@@ -318,16 +318,16 @@ def test_what_is_handed_back_can_be_taken_over_at_once_and_was_no_failed_deliver
 
 def test_redeliver_gives_only_what_is_still_owned(pond: Pond) -> None:
     mine, foreign = pond.request(), pond.request(reader="someone")
-    counted = pond.script("redeliver", [K.requests], "lookup", "w", 1, mine, foreign)
+    _, counted = pond.script("redeliver", [K.requests], "lookup", "w", 1, mine, foreign)
     assert [(entry[0], entry[2]) for entry in counted] == [(mine, 2)]
-    again = pond.script("redeliver", [K.requests], "lookup", "w", 0, mine)
+    _, again = pond.script("redeliver", [K.requests], "lookup", "w", 0, mine)
     assert [(entry[0], entry[2]) for entry in again] == [(mine, 2)]
 
 
 def test_redeliver_forgets_what_was_deleted_by_hand(pond: Pond) -> None:
     at = pond.request()
     pond.run("XDEL", K.requests, at)
-    assert pond.script("redeliver", [K.requests], "lookup", "w", 1, at) == []
+    assert pond.script("redeliver", [K.requests], "lookup", "w", 1, at)[1] == []
     assert pond.run("XPENDING", K.requests, "lookup")["pending"] == 0
 
 

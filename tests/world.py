@@ -238,7 +238,7 @@ class World:
             ("XAUTOCLAIM", k.fills, keys.LLM_GROUP, who, 0, "0-0", "COUNT", 10, "JUSTID"),
         )
         taken = next(i for i in ids if self.owner[i] != who)
-        raw = await self.link.call(self.call("redeliver", [k.fills], [keys.LLM_GROUP, who, 1, taken]))
+        _, raw = await self.link.call(self.call("redeliver", [k.fills], [keys.LLM_GROUP, who, 1, taken]))
         for message_id in ids:
             self.owner[message_id] = who
         fill = Fill.read(k.fills, Message(taken, dict(zip(raw[0][1][::2], raw[0][1][1::2], strict=True)), raw[0][2]))

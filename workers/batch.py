@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,8 +12,6 @@ from shared.link import Command
 from shared.messages import Question, label
 from workers.consumer import Message
 from workers.outbox import Outbox
-
-_ID = re.compile(rb"[^\s\x00-\x1f\x7f]{1,800}")
 
 
 @dataclass(slots=True)
@@ -96,7 +93,9 @@ def read_ask(message: Message, understand: Callable[[bytes, bytes | None], Quest
     except ValueError:
         raise InvalidRequest("deadline must be a whole number of milliseconds", field="deadline") from None
     client = channel_of(fields.get(b"reply", b""))
-    if not _ID.fullmatch(request_id):
-        raise InvalidRequest("id must be 1 to 200 characters without white space", field="id")
+    try:
+        label(request_id.decode(), "id")
+    except UnicodeDecodeError:
+        raise InvalidRequest("id must be UTF-8", field="id") from None
     cache = fields.get(b"cache")
     return Ask(message.id, request_id, client, deadline_ms, body, cache, understand(body, cache))

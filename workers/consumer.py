@@ -29,6 +29,8 @@ log = logging.getLogger("millpond.worker")
 _RECLAIM_COUNT = 64
 _DISMISS_AFTER = 60.0
 _BACKOFF = (0.05, 2.0)
+#: Seconds after which a message that may kill its worker has shown that it does not, at least not at once.
+_SURVIVED = 2.0
 #: The consumer that never reads: what it holds waits for whoever looks next.
 _NOBODY = "nobody"
 
@@ -40,6 +42,18 @@ class Message:
     id: bytes
     fields: dict[bytes, bytes]
     deliveries: int = 1
+
+
+class _Once:
+    """A callback that does something the first time only."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then: Callable[[], None] | None = then
+
+    def __call__(self) -> None:
+        then, self._then = self._then, None
+        if then is not None:
+            then()
 
 
 class StateLost(Exception):
@@ -97,18 +111,21 @@ class Consumer(ABC):
         """Read once, blocking no longer than `tick`, and handle what came."""
 
     @abstractmethod
-    async def handle_reclaimed(self, stream: str, messages: list[Message]) -> None:
-        """Handle messages taken over from another consumer, or recovered after a cut connection."""
+    async def handle_reclaimed(self, stream: str, messages: list[Message], since_ms: int) -> None:
+        """Handle messages taken over from another consumer, or recovered after a cut connection.
+
+        `since_ms` is when this consumer's lease on them began, by the server's clock.
+        """
 
     @abstractmethod
-    async def tell_poisoned(self, stream: str, message: Message) -> None:
-        """Give a message's requesters their error before it is buried."""
+    async def tell_poisoned(self, stream: str, message: Message, since_ms: int) -> None:
+        """Give a message's requesters their error before it is buried; `since_ms` as above."""
 
-    def in_hand(self, message_id: bytes) -> bool:
+    def in_hand(self, stream: str, message_id: bytes) -> bool:
         """Whether this process is handling that message right now."""
         return False
 
-    def when_handled(self, message_id: bytes, then: Callable[[], None]) -> None:
+    def when_handled(self, stream: str, message_id: bytes, then: Callable[[], None]) -> None:
         """Call `then` once that reclaimed message is done with; it is already, unless a subclass says otherwise."""
         then()
 
@@ -126,6 +143,9 @@ class Consumer(ABC):
 
     async def drain(self) -> None:
         """Finish what can be finished before the rest is handed back."""
+
+    def leave(self) -> None:
+        """End what `prepare` began, after everything was handed back."""
 
     # the loop
 
@@ -148,21 +168,21 @@ class Consumer(ABC):
                 while not self.stopping:
                     await self.turn()
                     pause = _BACKOFF[0]
-                    await self._reclaim_when_due()
+                    await self.reclaim_when_due()
             except StateLost:
                 log.warning("%s: partition %d lost its state; starting afresh", self.name, self.keys.partition)
                 self.state_lost()
-                await self._rest(pause)
             except LINK_ERRORS as error:
                 self._cut = True
-                if not self.stopping:
-                    log.warning("%s: connection lost (%s); trying again", self.name, error)
-                    await self._rest(pause)
-                    pause = min(pause * 2, _BACKOFF[1])
+                log.warning("%s: connection lost (%s); trying again", self.name, error)
             except Exception:
                 # Its messages stay pending: reclaimed after the lease, counted, and at last buried.
                 log.exception("%s: a turn failed", self.name)
-                await self._rest(pause)
+            else:
+                break
+            if not self.stopping:
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                pause = min(pause * 2, _BACKOFF[1])
         await self._leave()
 
     async def stop(self) -> None:
@@ -189,14 +209,11 @@ class Consumer(ABC):
                             SCRIPTS["dismiss"].call([stream], [self.group, self.name]),
                         ]
                     )
-        except (*LINK_ERRORS, ResponseError) as error:
-            log.warning("%s: could not hand back (%s); the lease will", self.name, error)
+        except (*LINK_ERRORS, ResponseError, StateLost) as error:
+            log.warning("%s: could not hand back (%r); the lease will", self.name, error)
+        self.leave()
         await self.reading.close()
         await self.link.close()
-
-    @staticmethod
-    async def _rest(seconds: float) -> None:
-        await asyncio.sleep(seconds * random.uniform(0.5, 1.5))
 
     # reading
 
@@ -231,9 +248,10 @@ class Consumer(ABC):
 
     # what others left behind
 
-    async def _reclaim_when_due(self) -> None:
+    async def reclaim_when_due(self) -> None:
+        """Take over what others left behind, if it is time and there is room."""
         now = time.monotonic()
-        if now < self._next_reclaim:
+        if now < self._next_reclaim or self.room() <= 0:
             return
         self._next_reclaim = now + self.tick
         for stream in self.streams:
@@ -249,18 +267,15 @@ class Consumer(ABC):
         # past the leased entries at the head.
         cursor = self._cursors.get(stream, b"0-0")
         lease_ms, count = int(self.lease * 1000), min(self.room(), _RECLAIM_COUNT)
-        (reply,) = self.checked(
-            await self.link.post(
-                [("XAUTOCLAIM", stream, self.group, self.name, lease_ms, cursor, "COUNT", count, "JUSTID")]
-            )
-        )
+        claim = ("XAUTOCLAIM", stream, self.group, self.name, lease_ms, cursor, "COUNT", count, "JUSTID")
+        now, reply = self.checked(await self.link.post([("TIME",), claim]))
         self._cursors[stream] = reply[0]
-        ids = [i for i in reply[1] if not self.in_hand(i)]
+        ids = [i for i in reply[1] if not self.in_hand(stream, i)]
         if ids:
             log.info("%s: took over %d messages of %s", self.name, len(ids), stream)
-            await self._take_over(stream, ids)
+            await self._take_over(stream, ids, server_ms(now))
 
-    async def _take_over(self, stream: str, ids: list[bytes]) -> None:
+    async def _take_over(self, stream: str, ids: list[bytes], since_ms: int) -> None:
         pending = self.checked(
             await self.link.post([("XPENDING", stream, self.group, i, i, 1, self.name) for i in ids])
         )
@@ -269,7 +284,7 @@ class Consumer(ABC):
         for (entry,) in (p for p in pending if p):
             message_id, _, _, deliveries = entry
             if deliveries >= self.settings.max_deliveries:
-                await self._bury(stream, message_id, deliveries)
+                await self._bury(stream, message_id, deliveries, since_ms)
             elif deliveries > 1:
                 suspects.append(message_id)
             else:
@@ -286,24 +301,39 @@ class Consumer(ABC):
 
     async def _deliver_alone(self, stream: str, message_id: bytes) -> None:
         # It may be what killed its workers: alone among its like, it cannot drive others towards their burial.
+        # What has survived for a while is not what kills at once: it no longer holds up the others.
         await self.quarantine.acquire()
+        release = _Once(self.quarantine.release)
+        asyncio.get_running_loop().call_later(_SURVIVED, release)
         try:
             await self._redeliver(stream, [message_id], counted=True)
         finally:
-            self.when_handled(message_id, self.quarantine.release)
+            self.when_handled(stream, message_id, release)
 
     async def _redeliver(self, stream: str, ids: list[bytes], *, counted: bool) -> None:
         # Counted before anything of a message is parsed.
         command = SCRIPTS["redeliver"].call([stream], [self.group, self.name, int(counted), *ids])
-        raw = await self.link.call(command)
+        since_ms, raw = await self.link.call(command)
         messages = [Message(e[0], dict(zip(e[1][::2], e[1][1::2], strict=True)), e[2]) for e in raw]
-        if messages:
-            await self.handle_reclaimed(stream, messages)
+        if not messages:
+            return
+        try:
+            await self.handle_reclaimed(stream, messages, since_ms)
+        except (*LINK_ERRORS, StateLost):
+            raise
+        except Exception:
+            # One that cannot be handled must not keep the others from being: it is counted, and at last buried.
+            log.exception("%s: %d reclaimed messages of %s could not be handled", self.name, len(messages), stream)
 
-    async def _bury(self, stream: str, message_id: bytes, deliveries: int) -> None:
+    async def _bury(self, stream: str, message_id: bytes, deliveries: int, since_ms: int) -> None:
         found = await self.link.call(("XRANGE", stream, message_id, message_id))
         for message in messages_of(found):
-            await self.tell_poisoned(stream, message)
+            try:
+                await self.tell_poisoned(stream, message, since_ms)
+            except (*LINK_ERRORS, StateLost):
+                raise
+            except Exception:
+                log.exception("%s: %s is buried without a word to who asked", self.name, message_id.decode())
         await self.bury(stream, message_id, f"delivered {deliveries} times without an outcome", deliveries)
 
     async def bury(self, stream: str, message_id: bytes, reason: str, deliveries: int) -> None:
@@ -325,7 +355,7 @@ class Consumer(ABC):
             (pending,) = self.checked(
                 await self.link.post([("XPENDING", stream, self.group, "-", "+", 10_000, self.name)])
             )
-            ids = [entry[0] for entry in pending if not self.in_hand(entry[0])]
+            ids = [entry[0] for entry in pending if not self.in_hand(stream, entry[0])]
             for at in range(0, len(ids), _RECLAIM_COUNT):
                 # A cut connection is no failed delivery.
                 await self._redeliver(stream, ids[at : at + _RECLAIM_COUNT], counted=False)

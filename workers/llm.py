@@ -54,7 +54,8 @@ class LLMConsumer(Consumer):
         self.provider = provider
         self.limits = limits
         self.slots = slots
-        self._active: dict[bytes, tuple[Fill, asyncio.Task[None]]] = {}
+        self._active: dict[tuple[str, bytes], tuple[Fill, asyncio.Task[None]]] = {}
+        self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
         self._refreshes_wait = False
@@ -69,14 +70,14 @@ class LLMConsumer(Consumer):
         """Fills someone waits for, then refreshes."""
         return (self.keys.fills, self.keys.refreshes)
 
-    def in_hand(self, message_id: bytes) -> bool:
+    def in_hand(self, stream: str, message_id: bytes) -> bool:
         """Being computed."""
-        return message_id in self._active
+        return (stream, message_id) in self._active
 
-    def when_handled(self, message_id: bytes, then: Callable[[], None]) -> None:
+    def when_handled(self, stream: str, message_id: bytes, then: Callable[[], None]) -> None:
         """When its flight has ended."""
-        if message_id in self._active:
-            self._active[message_id][1].add_done_callback(lambda _: then())
+        if (stream, message_id) in self._active:
+            self._active[stream, message_id][1].add_done_callback(lambda _: then())
         else:
             then()
 
@@ -98,6 +99,10 @@ class LLMConsumer(Consumer):
                 await asyncio.wait_for(self._slot_freed.wait(), self.tick)
             except TimeoutError:
                 return
+        # Before the slot goes to a new fill: what a dead worker left has waited longer.
+        await self.reclaim_when_due()
+        if self.room() <= 0:
+            return
         # While refreshes are there to be computed, an empty look at the fills must not cost a wait.
         block = None if self._refreshes_wait else min(self.tick, 0.25)
         if not await self._read(self.keys.fills, block):
@@ -115,12 +120,12 @@ class LLMConsumer(Consumer):
             self._begin(stream, message, resumed=waited_ms > _STALE_MS)
         return bool(messages)
 
-    async def handle_reclaimed(self, stream: str, messages: list[Message]) -> None:
+    async def handle_reclaimed(self, stream: str, messages: list[Message], since_ms: int) -> None:
         """Finish what another worker began: deliver what had landed, compute the rest."""
         for message in messages:
             self._begin(stream, message, resumed=True)
 
-    async def tell_poisoned(self, stream: str, message: Message) -> None:
+    async def tell_poisoned(self, stream: str, message: Message, since_ms: int) -> None:
         """End the flight with `Poisoned` for everyone aboard."""
         try:
             fill = Fill.read(stream, message)
@@ -133,12 +138,15 @@ class LLMConsumer(Consumer):
 
     async def drain(self) -> None:
         """Let calls in flight finish for a while; cancel the rest, to be handed back."""
-        tasks = [task for _, task in self._active.values()]
+        tasks = [*(task for _, task in self._active.values()), *self._burials]
         if tasks:
             await asyncio.wait(tasks, timeout=self.settings.drain_timeout)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def leave(self) -> None:
+        """Let the heart stand still."""
         if self._heart is not None:
             self._heart.cancel()
 
@@ -146,14 +154,15 @@ class LLMConsumer(Consumer):
 
     async def _renew_leases(self) -> None:
         while True:
-            await asyncio.sleep(self.lease / 5)
+            # Soon after it began, too: a flight outlives its first waiters' deadlines only once it is renewed.
+            await asyncio.sleep(min(self.lease / 5, 1.0))
             if not self._active:
                 continue
             held = list(self._active.values())
             try:
                 await self._renew(held)
-            except LINK_ERRORS as error:
-                log.warning("%s: leases not renewed (%s)", self.name, error)
+            except Exception as error:
+                log.warning("%s: leases not renewed (%r)", self.name, error)
 
     async def _renew(self, held: list[tuple[Fill, asyncio.Task[None]]]) -> None:
         k, commands, order = self.keys, [], []
@@ -167,27 +176,30 @@ class LLMConsumer(Consumer):
                 commands.append(SCRIPTS["renew"].call([stream, *names], [self.group, self.name, keep_ms, *marks]))
         kept = [flag for reply in await self.link.send(commands) for flag in reply]
         for (fill, task), owned in zip(order, kept, strict=True):
-            if not owned and self._active.get(fill.id, (None, None))[1] is task:
+            if not owned and self._active.get((fill.stream, fill.id), (None, None))[1] is task:
+                self.counters.add("leases_lost")
                 log.warning("%s: lost the lease of %s", self.name, fill.id.decode())
                 task.cancel()
 
     # one flight
 
     def _begin(self, stream: str, message: Message, *, resumed: bool) -> None:
-        if message.id in self._active:
+        if (stream, message.id) in self._active:
             return
         try:
             fill = Fill.read(stream, message)
         except (ValueError, KeyError, TypeError) as error:
-            work = self.bury(stream, message.id, f"not a fill: {error!r}", message.deliveries)
-            asyncio.ensure_future(work).add_done_callback(_report)
+            burial = asyncio.create_task(self.bury(stream, message.id, f"not a fill: {error!r}", message.deliveries))
+            self._burials.add(burial)
+            burial.add_done_callback(self._burials.discard)
+            burial.add_done_callback(_report)
             return
         task = asyncio.create_task(self._fly(fill, resumed=resumed))
-        self._active[fill.id] = (fill, task)
-        task.add_done_callback(partial(self._ended, fill.id))
+        self._active[stream, fill.id] = (fill, task)
+        task.add_done_callback(partial(self._ended, (stream, fill.id)))
 
-    def _ended(self, message_id: bytes, task: asyncio.Task[None]) -> None:
-        self._active.pop(message_id, None)
+    def _ended(self, taken: tuple[str, bytes], task: asyncio.Task[None]) -> None:
+        self._active.pop(taken, None)
         self._slot_freed.set()
         _report(task)
 

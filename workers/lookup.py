@@ -36,6 +36,7 @@ log = logging.getLogger("millpond.worker")
 # Smaller than what one client may have waiting: it reads the first replies while the next requests are answered.
 _BATCH = 48
 _REMEMBERED = 4096
+_FIELDS = (b"id", b"reply", b"deadline", b"body", b"cache")
 _REMEMBER_UP_TO = 8192
 _GRACE_MS = 5000
 _LONGEST_MS = int(MAX_DEADLINE * 1000)
@@ -51,10 +52,10 @@ class LookupConsumer(Consumer):
         super().__init__(settings, crew.url, partition_keys, crew.name, crew.counters)
         self.quarantine = crew.quarantine
         self.partitions = crew.partitions
-        self.l1 = L1(entries=settings.l1_entries // crew.partitions, size=settings.l1_bytes // crew.partitions)
+        self.l1 = L1(entries=-(-settings.l1_entries // crew.partitions), size=settings.l1_bytes // crew.partitions)
         rules = Rules.of(settings)
         #: understanding is a pure function of a request's bytes, and the same questions come again
-        self._remembered = lru_cache(_REMEMBERED)(partial(understand, rules=rules))
+        self._remembered = lru_cache(_REMEMBERED // crew.partitions)(partial(understand, rules=rules))
         self._rules = rules
         self._log_at = b""
         #: replies to go out with the next read, and the messages they answer; once they are known to be sent, these
@@ -75,7 +76,7 @@ class LookupConsumer(Consumer):
         """The partition's requests."""
         return (self.keys.requests,)
 
-    def in_hand(self, message_id: bytes) -> bool:
+    def in_hand(self, stream: str, message_id: bytes) -> bool:
         """Answered already, and about to be retired."""
         return message_id in self._retiring or message_id in self._answered
 
@@ -111,8 +112,12 @@ class LookupConsumer(Consumer):
         if gap:
             self.l1.clear()
         for entry_id, fields in log if gap else log[1:]:
-            self.l1.invalidate(fields[3].decode().split("\n"))
             self._log_at = entry_id
+            tags = dict(zip(fields[::2], fields[1::2], strict=True)).get(b"tags")
+            if tags is None:
+                self.l1.clear()  # written by other hands; whatever it meant, nothing stale is served
+            else:
+                self.l1.invalidate(tags.decode(errors="replace").split("\n"))
 
     async def turn(self) -> None:
         """Reply to the last batch, read the next and the new invalidations, all in one write; judge it."""
@@ -145,10 +150,7 @@ class LookupConsumer(Consumer):
     async def _reply(self) -> None:
         """Send the replies now, because no read follows."""
         replies, answered = self._take_replies()
-        if replies:
-            self._confirm(answered, await self.link.post(replies))
-        else:
-            self._retiring += answered
+        self._confirm(answered, await self.link.post(replies))
 
     def _confirm(self, answered: list[bytes], results: list[Any]) -> None:
         """Let messages be retired whose replies are known to have been sent (or to have nobody to go to)."""
@@ -175,23 +177,25 @@ class LookupConsumer(Consumer):
     async def drain(self) -> None:
         """Tell and retire what was answered."""
         await self._reply()
-        await self.link.send(self._retire_commands(now=True))
+        retiring = self._retire_commands(now=True)
+        count = len(self._retiring)
+        await self.link.send(retiring)
+        del self._retiring[:count]
 
-    async def handle_reclaimed(self, stream: str, messages: list[Message]) -> None:
+    async def handle_reclaimed(self, stream: str, messages: list[Message], since_ms: int) -> None:
         """As new ones, after catching up with the log."""
-        log, now = self.checked(await self.link.post([self._log_command(), ("TIME",)]))
+        (log,) = self.checked(await self.link.post([self._log_command()]))
         self._follow(log)
-        await self._handle(messages, server_ms(now))
+        await self._handle(messages, since_ms)
         await self.drain()
 
-    async def tell_poisoned(self, stream: str, message: Message) -> None:
+    async def tell_poisoned(self, stream: str, message: Message, since_ms: int) -> None:
         """Reply with `Poisoned`."""
         outbox = Outbox(self.settings.reply_limit)
         error = Poisoned("this request repeatedly ended the workers that handled it; it lies in the dead letters")
         client = message.fields.get(b"reply", b"").decode(errors="replace")
         outbox.add(client, message.fields.get(b"id", b""), error_payload(error))
-        now = server_ms(await self.link.call(("TIME",)))
-        await self.link.send(outbox.commands(now + int(self.lease * 1000)))
+        await self.link.send(outbox.commands(since_ms + int(self.lease * 800)))
 
     async def _handle(self, messages: list[Message], now_ms: int) -> None:
         # The lease ran from some moment before the server said `now_ms`: a part of it is left as margin.
@@ -199,7 +203,11 @@ class LookupConsumer(Consumer):
         fault_point("lookup_after_read")
         self.counters.add("requests", len(messages))
         for message in messages:
-            self._sort(batch, message)
+            try:
+                self._sort(batch, message)
+            except Exception:
+                # It stays pending, is delivered again, and at last buried; the others of its batch are not held up.
+                log.exception("%s: cannot read %s", self.name, message.id.decode())
         self.counters.add("hit.l1", batch.tell_hits())
         fault_point("lookup_before_reply")
         if batch.missing:
@@ -279,15 +287,13 @@ class LookupConsumer(Consumer):
         """Move a request to the partition its key belongs to: epochs mean nothing outside one partition's log."""
         target = PartitionKeys(partition_of(key, self.partitions)).requests
         self.counters.add("handed_over")
-        batch.moves.append(("XADD", target, "*", *(part for pair in message.fields.items() for part in pair)))
+        fields = [part for name in _FIELDS if name in message.fields for part in (name, message.fields[name])]
+        batch.moves.append(SCRIPTS["forward"].call([target], [batch.not_after_ms, *fields]))
         batch.moved.append(message.id)
 
     async def _move(self, batch: Batch) -> None:
-        """Hand over what is still this worker's: no script may touch two partitions, so it asks first."""
-        asking = [("XPENDING", self.keys.requests, self.group, i, i, 1, self.name) for i in batch.moved]
-        owned = self.checked(await self.link.post(asking))
-        await self.link.send([move for move, mine in zip(batch.moves, owned, strict=True) if mine])
-        self._retiring += batch.moved
+        results = await self.link.post(batch.moves)
+        self._retiring += [moved for moved, result in zip(batch.moved, results, strict=True) if result == 1]
 
     # the tiers below
 

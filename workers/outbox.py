@@ -27,9 +27,6 @@ class Outbox:
         self._limit = limit
         self._replies: defaultdict[str, list[bytes]] = defaultdict(list)
 
-    def __bool__(self) -> bool:
-        return bool(self._replies)
-
     def add(self, client: str, request_ids: bytes, payload: bytes) -> None:
         """Answer requests (ids separated by spaces); a client that gave no reply channel ('') gets none."""
         if client:

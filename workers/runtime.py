@@ -22,6 +22,7 @@ from shared import keys
 from shared.counters import Counters
 from shared.deployment import settle
 from shared.embedded import resolve_url
+from shared.errors import ConfigError
 from shared.keys import PartitionKeys
 from shared.link import LINK_ERRORS, Link
 from shared.settings import Settings
@@ -46,6 +47,8 @@ class Crew:
     counters: Counters = field(default_factory=Counters)
     #: see `Consumer.quarantine`
     quarantine: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: why this process no longer belongs to the deployment
+    disowned: ConfigError | None = None
 
 
 async def run_crew(
@@ -69,22 +72,39 @@ async def run_crew(
         consumers = [consumer(crew, PartitionKeys(p)) for p in range(partitions)]
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(c.run()) for c in consumers]
-            beat = tasks.create_task(_beat(crew, link))
-            for c in consumers:
-                await c.ready.wait()
-            on_ready(crew.name)
+            beat = tasks.create_task(_beat(crew, link, stop))
+            ready = tasks.create_task(_all_ready(consumers, lambda: on_ready(crew.name)))
             await stop.wait()
+            ready.cancel()
             await asyncio.gather(*(c.stop() for c in consumers))
             await asyncio.gather(*running)
             beat.cancel()
         await _flush(crew, link, farewell=True)
+        if crew.disowned is not None:
+            raise crew.disowned
     finally:
         await link.close()
 
 
-async def _beat(crew: Crew, link: Link) -> None:
+async def _all_ready(consumers: list[Consumer], then: Callable[[], None]) -> None:
+    for consumer in consumers:
+        await consumer.ready.wait()
+    then()
+
+
+async def _beat(crew: Crew, link: Link, stop: asyncio.Event) -> None:
     while True:
-        await _flush(crew, link)
+        try:
+            await _flush(crew, link)
+            # A flushed server forgets its birth; the workers that live on remember it.
+            await settle(link, crew.partitions)
+        except ConfigError as error:
+            # It was born anew, otherwise: what this worker reads is no longer the deployment's.
+            crew.disowned = error
+            stop.set()
+            return
+        except (*LINK_ERRORS, ResponseError) as error:
+            log.debug("no heartbeat: %s", error)
         await asyncio.sleep(_BEAT)
 
 
@@ -105,7 +125,7 @@ async def _flush(crew: Crew, link: Link, *, farewell: bool = False) -> None:
     )
     try:
         await link.send([tuple(beat), *Counters.commands(taken)])
-        # A flushed server forgets its birth; the workers that live on remember it.
-        await settle(link, crew.partitions)
-    except (*LINK_ERRORS, ResponseError) as error:
-        log.debug("no heartbeat: %s", error)
+    except (*LINK_ERRORS, ResponseError):
+        crew.counters.put_back(taken)
+        if not farewell:
+            raise

@@ -21,9 +21,13 @@ end
 local function invalidated(tags_key, key, labels, epoch)
   local last = redis.call('HGET', tags_key, '#last')
   if not last or not newer(last, epoch) then return false end
-  local markers = redis.call('HMGET', tags_key, 'all', '#floor', 'key:' .. key, unpack(labels))
-  for _, marker in ipairs(markers) do
-    if marker and newer(marker, epoch) then return true end
+  local wanted = { 'all', '#floor', 'key:' .. key }
+  for _, label in ipairs(labels) do wanted[#wanted + 1] = label end
+  for at = 1, #wanted, 1000 do -- unpack has a limit
+    local markers = redis.call('HMGET', tags_key, unpack(wanted, at, math.min(at + 999, #wanted)))
+    for _, marker in ipairs(markers) do
+      if marker and newer(marker, epoch) then return true end
+    end
   end
   return false
 end

@@ -8,7 +8,7 @@ local found = redis.call('XRANGE', KEYS[1], ARGV[3], ARGV[3])
 local letter = { 'reason', ARGV[4], 'stream', KEYS[1], 'id', ARGV[3], 'deliveries', ARGV[5] }
 if found[1] then
   local fields = found[1][2]
-  for i = 1, #fields, 2 do
+  for i = 1, math.min(#fields, 2000), 2 do -- unpack has a limit, and nothing of ours has more fields
     letter[#letter + 1] = 'm:' .. fields[i]
     letter[#letter + 1] = fields[i + 1]
   end

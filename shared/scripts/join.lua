@@ -7,6 +7,7 @@
 -- Closes: between a worker's look at L2 and its join a flight may have landed (the entry is checked again) or begun
 -- (joined); two workers can never both begin one. A flight older than an invalidation of the request's tags is not
 -- joined but replaced: it keeps its own waiters, who asked before. Messages this consumer no longer owns are left alone.
+local MOST_TAGS = 512
 local group, consumer, key, token, mode = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local labels = lines(ARGV[13])
 
@@ -42,9 +43,14 @@ if shared then
     end
     if not invalidated(KEYS[5], key, all, flight[2]) then
       status, token = 'JOINED', flight[1]
-      if #all > before then redis.call('HSET', KEYS[4], 'tags', table.concat(all, '\n')) end
+      if #all > MOST_TAGS then
+        -- An entry must carry the tags of all who joined. Too many: it answers them and is not stored.
+        redis.call('HSET', KEYS[4], 'store', 'many-tags')
+      else
+        if #all > before then redis.call('HSET', KEYS[4], 'tags', table.concat(all, '\n')) end
+        if ARGV[8] == '1' and flight[5] == '0' then redis.call('HSET', KEYS[4], 'store', '1') end
+      end
       if tonumber(ARGV[7]) < tonumber(flight[4]) then redis.call('HSET', KEYS[4], 'ttl', ARGV[7]) end
-      if ARGV[8] == '1' and flight[5] ~= '1' then redis.call('HSET', KEYS[4], 'store', '1') end
     end
   end
 elseif redis.call('EXISTS', KEYS[6] .. token) == 1 then

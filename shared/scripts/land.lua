@@ -31,7 +31,7 @@ if not current then
 elseif ARGV[9] ~= '' then
   reason = ARGV[9]
 elseif flight[4] ~= '1' then
-  reason = 'no-store'
+  reason = flight[4] == '0' and 'no-store' or flight[4]
 elseif invalidated(KEYS[6], key, labels, epoch) then
   reason = 'invalidated'
 else

@@ -1,9 +1,9 @@
 -- redeliver: read messages this consumer owns already, counting it as a delivery or not.
 -- KEYS  1 stream
 -- ARGV  1 group, 2 consumer, 3 count it (1|0), then message ids
--- Returns the messages still there and still owned: {id, fields, deliveries so far}.
+-- Returns {now (ms), the messages still there and still owned: {id, fields, deliveries so far}}.
 -- Closes: a bare XCLAIM would take back what another consumer reclaimed meanwhile.
-local out = {}
+local now, out = now_ms(), {}
 for i = 4, #ARGV do
   local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
   if not pending.err and #pending > 0 then
@@ -22,4 +22,4 @@ for i = 4, #ARGV do
     end
   end
 end
-return out
+return { now, out }

@@ -7,7 +7,9 @@
 if now_ms() > tonumber(ARGV[1]) then return -1 end
 local sent = redis.pcall('XADD', KEYS[1], 'NOMKSTREAM', 'MAXLEN', '~', ARGV[2], '*', unpack(ARGV, 3))
 if type(sent) == 'table' and sent.err then
-  if string.find(sent.err, 'WRONGTYPE', 1, true) then return 0 end -- no stream: no reply channel
-  return sent
+  local passing = string.find(sent.err, 'OOM', 1, true) or string.find(sent.err, 'MISCONF', 1, true)
+    or string.find(sent.err, 'READONLY', 1, true) or string.find(sent.err, 'NOREPLICAS', 1, true)
+  if passing then return sent end
+  return 0 -- no stream, or one that takes no more: no reply channel
 end
 return sent and 1 or 0
