@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from producers.client import Client
+from shared.errors import Unavailable
 from shared.profiles import DEFAULT_PROFILE
 from shared.settings import Settings
 
@@ -60,6 +61,9 @@ class BlockingClient:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise Unavailable("this client is closed: make a new one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

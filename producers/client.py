@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings, load
 
 _ERROR = b'{"error"'
+_KEY = re.compile("[0-9a-f]{32}")
 
 
 class Client:
@@ -71,8 +73,8 @@ class Client:
         """Connect now rather than at the first request.
 
         Raises:
-            Unavailable: no server answers.
-            ConfigError: no server is configured or running, or the deployment was born otherwise.
+            Unavailable: no server is configured or running, or none answers.
+            ConfigError: the deployment was born otherwise than this client is configured.
         """
         if self._opening is None:
             self._opening = asyncio.Lock()
@@ -259,6 +261,9 @@ class Client:
         scope: Mapping[str, str] | None,
     ) -> bytes:
         named = {"profile": profile, "tenant": tenant, "mode": mode, "ttl": ttl, "max_age": max_age, "scope": scope}
+        for name, value in (("ttl", ttl), ("max_age", max_age)):
+            if value is not None:
+                seconds(value, name, least=0.0)
         wire = self._defaults | {name: value for name, value in named.items() if value is not None}
         if tags:
             wire["tags"] = [tags] if isinstance(tags, str) else list(tags)
@@ -291,6 +296,8 @@ class Client:
             Unavailable: not every partition's log holds it; call again (twice does no harm).
         """
         marked = list(tags_of([tags] if isinstance(tags, str) else list(tags)))
+        if key is not None and not _KEY.fullmatch(key := key.lower()):
+            raise InvalidRequest("key must be the 32 hexadecimal digits of a reply's `key`", field="key")
         named = {"key": key, "profile": profile, "tenant": tenant, "model": model}
         marked += [f"{name}:{label(value, name)}" for name, value in named.items() if value is not None]
         marked += ["all"] if everything else []

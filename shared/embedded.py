@@ -94,8 +94,15 @@ class EmbeddedRedis:
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: list[Path] = []
         self.socket = data_dir / "redis" / "redis.sock"
-        data_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(data_dir)
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(data_dir)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot keep data in {data_dir} ({error.strerror}): set MILLPOND_DATA_DIR to a directory that can be "
+                "written, or use --ephemeral with one",
+                field="data_dir",
+            ) from None
         try:
             _stop_left_over(data_dir)
             self.data = self._temporary() if ephemeral else data_dir / "redis"
@@ -271,13 +278,13 @@ def resolve_url(settings: Settings) -> str:
     """Return the Redis URL in force: the configured one, else the running embedded server's.
 
     Raises:
-        ConfigError: neither is there.
+        Unavailable: neither is there.
     """
     if settings.redis_url is not None:
         return settings.redis_url.get_secret_value()
     if url := find(settings.data_dir):
         return url
-    raise ConfigError("no Redis: run `millpond up` in another terminal, or set MILLPOND_REDIS_URL", field="redis_url")
+    raise Unavailable("no Redis: run `millpond up` in another terminal, or set MILLPOND_REDIS_URL")
 
 
 def _lock(data_dir: Path) -> int:

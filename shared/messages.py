@@ -147,7 +147,7 @@ def seconds(value: object, field: str, *, least: float, most: float = MAX_TTL) -
     """Return a time in seconds within its bounds; else raise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise InvalidRequest(
-            f"{field} must be a number of seconds from {least:g} to {most:g}, not {_shown(value)}",
+            f"{field} must be a number of seconds from {least:g} to {most:.0f}, not {_shown(value)}",
             field=field,
         )
     return float(value)

@@ -9,6 +9,7 @@ import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -19,6 +20,7 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
+from redis.connection import ConnectionPool
 
 from shared.errors import ConfigError
 from shared.profiles import BUILT_IN, Profile
@@ -28,6 +30,26 @@ def default_data_dir() -> Path:
     """Return where the embedded servers keep their data: `$XDG_DATA_HOME/millpond`."""
     base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(base) / "millpond"
+
+
+def check_url(url: str) -> None:
+    """Refuse what is no Redis URL, without repeating it: it may hold a password.
+
+    Raises:
+        ValueError: it is none, and why.
+    """
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    try:
+        database = urlsplit(url).path.strip("/") if not url.startswith("unix://") else ""
+        ConnectionPool.from_url(url).make_connection()  # connects to nothing yet
+    except (ValueError, TypeError):
+        raise ValueError(
+            "cannot be read: percent-encode special characters of the password (# is %23, / is %2F), "
+            "give the port as a number and only options that redis-py knows"
+        ) from None
+    if database and not database.isdigit():
+        raise ValueError("must end in the database's number, as in redis://host:6379/0")
 
 
 class _SharedDotEnv(DotEnvSettingsSource):
@@ -111,8 +133,8 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _known_scheme(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("must start with redis://, rediss:// or unix://")
+        if value is not None:
+            check_url(value.get_secret_value())
         return value
 
     @model_validator(mode="after")
@@ -178,5 +200,7 @@ def load(**overrides: Any) -> Settings:
         field = next((name for name in Settings.model_fields if f'"{name}"' in str(error)), None)
         variable = f"MILLPOND_{(field or '').upper()}"
         raise ConfigError(f"wrong settings: {field} ({variable}): must be JSON", field=field) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f".env or millpond.toml is not UTF-8: {error}", field="millpond.toml") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"millpond.toml is not valid TOML: {error}", field="millpond.toml") from None

@@ -298,7 +298,7 @@ async def test_nobody_there_is_said_at_once(tmp_path: Any) -> None:
 
 
 async def test_nothing_configured_and_nothing_running_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="millpond up"):
+    with pytest.raises(Unavailable, match="millpond up"):
         await Client().connect()
 
 

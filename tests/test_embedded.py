@@ -160,5 +160,5 @@ def test_a_url_is_the_configured_one_else_the_running_one_else_advice(
 ) -> None:
     assert embedded.resolve_url(settings(redis_url="redis://elsewhere")) == "redis://elsewhere"
     assert embedded.resolve_url(settings(redis_url=None, data_dir=own_server.data_dir)) == own_server.url
-    with pytest.raises(ConfigError, match=r"run `millpond up` in another terminal, or set MILLPOND_REDIS_URL"):
+    with pytest.raises(Unavailable, match=r"run `millpond up` in another terminal, or set MILLPOND_REDIS_URL"):
         embedded.resolve_url(settings(redis_url=None))

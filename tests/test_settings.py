@@ -8,7 +8,7 @@ import pytest
 
 from shared.console import masked
 from shared.errors import ConfigError
-from shared.settings import load
+from shared.settings import Settings, load
 
 SECRET = "s3cr3t-w0rd"
 
@@ -108,3 +108,35 @@ def test_a_masked_url_says_where_and_hides_the_password(url: str) -> None:
     assert SECRET not in masked(url)
     assert "***" in masked(url)
     assert masked(url).startswith(url.split("://")[0] + "://")
+
+
+def test_every_setting_is_on_its_page_with_its_default() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
+    for name, field in Settings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if name == "data_dir" or default is None or default == {}:
+            assert f"| `{name}` |" in page
+            continue
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        assert f"| `{name}` | `{shown}` |" in page
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter2#x@127.0.0.1:1", "redis://:hunter2/x@127.0.0.1:1", "redis://:hunter2?x@127.0.0.1:1",
+        "redis://:hunter2@127.0.0.1:notaport/0", "redis://:hunter2@host/0?foo=bar", "redis://:hunter2@[x",
+        "redis://:hunter2@host/abc", "redis://:hunter2@host/0?socket_timeout=hunter2", "hunter2://host",
+    ],
+)  # fmt: skip
+def test_what_is_no_redis_url_is_refused_without_repeating_it(url: str) -> None:
+    with pytest.raises(ConfigError, match="MILLPOND_REDIS_URL") as refusal:
+        load(redis_url=url)
+    assert refusal.value.field == "redis_url"
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "millpond.toml").write_bytes(b"model = '\xff'\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load()

@@ -189,7 +189,7 @@ class LLMConsumer(Consumer):
         try:
             fill = Fill.read(stream, message)
         except (ValueError, KeyError, TypeError) as error:
-            burial = asyncio.create_task(self.bury(stream, message.id, f"not a fill: {error!r}", message.deliveries))
+            burial = asyncio.create_task(self.bury(stream, message.id, _problem(error), message.deliveries))
             self._burials.add(burial)
             burial.add_done_callback(self._burials.discard)
             burial.add_done_callback(_report)
@@ -330,6 +330,10 @@ class LLMConsumer(Consumer):
                 log.warning("%s: a result could not be written (%s); trying again", self.name, error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 1.0)
+
+
+def _problem(error: Exception) -> str:
+    return f"not a fill: no field {error}" if isinstance(error, KeyError) else f"not a fill: {error}"
 
 
 def _report(task: asyncio.Future[Any]) -> None:

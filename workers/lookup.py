@@ -184,6 +184,7 @@ class LookupConsumer(Consumer):
 
     async def handle_reclaimed(self, stream: str, messages: list[Message], since_ms: int) -> None:
         """As new ones, after catching up with the log."""
+        fault_point("lookup_after_redeliver")
         (log,) = self.checked(await self.link.post([self._log_command()]))
         self._follow(log)
         await self._handle(messages, since_ms)

@@ -117,6 +117,7 @@ async def _flush(crew: Crew, link: Link, *, farewell: bool = False) -> None:
         "host": platform.node(),
         "partitions": crew.partitions,
         "provider": crew.settings.provider_name if crew.kind == "llm" else None,
+        "cache_enabled": crew.settings.cache_enabled,
         "seen": time.time(),
     }
     name = keys.worker(crew.name)
