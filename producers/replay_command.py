@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -16,7 +17,6 @@ from producers.replay import make_demo, plot, progress, session, table, throwawa
 from producers.replay.record import Recorder
 from producers.replay.report import Report
 from shared.console import INTERRUPTED, OTHER, print_json, reporting
-from shared.errors import InvalidRequest
 from shared.settings import load
 
 _T = TypeVar("_T")
@@ -78,7 +78,7 @@ def replay(
     answered, and latency counts from when they were due.
 
     Exit codes: 0 every request answered, 1 some were not, 2 wrong option, file or setting, 3 Redis unavailable,
-    130 interrupted (with the report so far).
+    130 interrupted (with the report so far). A plot that could not be written after all is 1, below the report.
     """
     with reporting(as_json):
         _check_plot(plot_file)
@@ -131,10 +131,11 @@ def demo(
     with reporting(as_json), tempfile.TemporaryDirectory(prefix="millpond-demo-") as scratch:
         _check_plot(plot_file)
         workload = _demo_workload(requests, Path(scratch))
+        plan = session.Plan(file=workload, speedup=speedup)
+        prepared = session.prepare(plan)
         with throwaway.deployment(heard, MILLPOND_PROVIDER="simulated", MILLPOND_CONCURRENCY="256") as url:
             settings = load(redis_url=url, provider="simulated")
-            plan = session.Plan(file=workload, speedup=speedup)
-            recorder, report = _run(session.replay(settings, plan, session.prepare(plan), _show))
+            recorder, report = _run(session.replay(settings, plan, prepared, _show))
         _finish(recorder, report, plot_file, as_json)
 
 
@@ -166,21 +167,30 @@ def _run(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _finish(recorder: Recorder, report: Report, plot_file: Path | None, as_json: bool) -> None:
-    drawn = plot_file is not None and len(recorder) > 0
-    if plot_file is not None and drawn:
-        try:
-            plot.draw(recorder, report, plot_file)
-        except OSError as problem:
-            raise InvalidRequest(f"--plot {plot_file}: {problem.strerror}; name a file that can be written") from None
-    if as_json:
-        print_json(report.as_dict() | {"plot": str(plot_file) if drawn else None})
-    else:
-        out = Console()
+    """Print the report whatever becomes of the plot, and leave with the exit code of the run."""
+    out = Console()
+    if not as_json:
         out.print()
         out.print(table.render(report), highlight=False)
-        if drawn:
-            out.print(f"Plot: {plot_file}", style="dim", highlight=False)
+    wanted = plot_file if len(recorder) else None
+    problem = None if wanted is None else _draw(recorder, report, wanted)
+    drawn = wanted if problem is None else None
+    if as_json:
+        print_json(report.as_dict() | {"plot": None if drawn is None else str(drawn), "plot_error": problem})
+    elif drawn is not None:
+        out.print(f"Plot: {drawn}", style="dim", highlight=False)
+    if problem is not None:
+        sys.stderr.write(f"millpond: {problem}\n")
     if report.run.interrupted:
         raise typer.Exit(INTERRUPTED)
-    if report.errors:
+    if report.errors or problem is not None:
         raise typer.Exit(OTHER)
+
+
+def _draw(recorder: Recorder, report: Report, path: Path) -> str | None:
+    """Draw the plot; return what is wrong, with what to do, if it could not be written."""
+    try:
+        plot.draw(recorder, report, path)
+    except OSError as problem:
+        return plot.unwritable(path, problem)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import subprocess
 import sys
 import time
@@ -12,10 +13,12 @@ from typing import Any
 
 import orjson
 import pytest
+import typer
 import uvloop
 from rich.console import Console
 
-from producers.replay import plot, progress, report, table
+from producers import replay_command
+from producers.replay import plot, progress, report, session, table, words
 from producers.replay.record import Recorder
 from producers.replay.run import Run
 from producers.replay.workload import Request
@@ -24,7 +27,7 @@ from shared.prices import cost
 
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
 PRICED = ("gpt-4o-mini", 1000, 100)
-SETUP = report.Setup("file.jsonl", "as fast as answered", "the moment of sending", None, 1.0, 0, False)
+SETUP = report.Setup("file.jsonl", "as fast as answered", "the moment of sending", 100, 1.0, 0, False)
 SIMULATED = report.Provider("simulated", True, 3, 0)
 
 
@@ -124,7 +127,7 @@ def record(*answers: Told, wall: float = 2.0) -> Recorder:
 
 def test_only_the_one_who_began_a_call_paid_for_it() -> None:
     recorder = record(Told("llm"), Told("llm", collapsed=True), Told("l1"), Told("l2"))
-    recorder.failed(0.5, 1.0, "overloaded")
+    recorder.failed(0.5, 1.0, "overloaded", "full")
     found = report.build(recorder, SETUP, SIMULATED)
     price = cost(*PRICED)
     assert price is not None
@@ -176,13 +179,17 @@ def test_a_hundred_thousand_outcomes_are_added_up_in_a_second_or_two() -> None:
     assert time.process_time() - began < 3
 
 
+def screen_of(found: report.Report) -> str:
+    """Return what a terminal of 100 columns shows."""
+    screen = Console(width=100, record=True, file=io.StringIO())
+    screen.print(table.render(found))
+    return screen.export_text()
+
+
 def test_the_report_is_plain_json_and_readable_text() -> None:
     found = report.build(record(Told("llm"), Told("semantic"), Told("llm", collapsed=True)), SETUP, SIMULATED)
     assert orjson.loads(orjson.dumps(found.as_dict()))["tiers"]["semantic"]["count"] == 1
-    screen = Console(width=100, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
-    with screen.file:
-        screen.print(table.render(found))
-        shown = screen.export_text()
+    shown = screen_of(found)
     for expected in ("3 requests", "coalesced", "semantic", "saved share", "simulated", "3 calls"):
         assert expected in shown
 
@@ -195,10 +202,114 @@ def test_the_bars_second_line_gives_the_share_of_each_way() -> None:
 @pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_the_plot_is_written_in_the_format_its_name_asks_for(tmp_path: Path, suffix: str, magic: bytes) -> None:
     recorder = record(*(Told("l1" if n % 3 else "llm") for n in range(90)))
-    recorder.failed(3.0, 0.5, "overloaded")
-    target = tmp_path / "new" / f"plot{suffix}"
+    recorder.failed(3.0, 0.5, "overloaded", "full")
+    target = tmp_path / f"plot{suffix}"
     plot.draw(recorder, report.build(recorder, SETUP, SIMULATED), target)
     assert target.read_bytes().startswith(magic)
+
+
+def test_a_plot_path_is_tried_before_the_run_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("old.png").write_text("old")
+    for good in ("a.png", "out/a.png", "old.png", str(tmp_path / "b.svg")):
+        plot.check(Path(good))
+    for bad, complaint in (
+        (".", "is a directory"),
+        ("missing/a.png", "there is no directory missing; make it"),
+        ("file/a.png", "Not a directory; name a file"),
+        ("a" * 300 + ".png", "File name too long"),
+    ):
+        with pytest.raises(InvalidRequest, match=complaint):
+            plot.check(Path(bad))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "old.png"]
+    assert Path("old.png").read_text() == "old"
+
+
+def test_only_the_usual_directory_is_made_for_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recorder = record(Told("l1"), Told("llm"))
+    found = report.build(recorder, SETUP, SIMULATED)
+    plot.draw(recorder, found, Path("out/a.svg"))
+    assert Path("out/a.svg").exists()
+    with pytest.raises(FileNotFoundError):
+        plot.draw(recorder, found, Path("other/a.svg"))
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_plot_that_fails_after_the_run_costs_only_the_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    recorder = record(Told("llm"))
+    found = report.build(recorder, SETUP, SIMULATED)
+    with pytest.raises(typer.Exit) as left:
+        replay_command._finish(recorder, found, tmp_path / "gone" / "a.png", as_json)
+    shown = capsys.readouterr()
+    assert left.value.exit_code == 1
+    assert "there is no directory" in shown.err
+    if as_json:
+        told = orjson.loads(shown.out)
+        assert (told["requests"], told["plot"]) == (1, None)
+        assert "there is no directory" in told["plot_error"]
+    else:
+        assert "1 request from" in shown.out
+
+
+def test_the_first_message_of_each_error_is_reported() -> None:
+    recorder = record(Told("llm"))
+    for message in ("unknown profile 'x';\n\x1b[31mknown: response", "another"):
+        recorder.failed(0.0, 0.1, "invalid_request", message)
+    found = report.build(recorder, SETUP, SIMULATED)
+    assert found.error_messages == {"invalid_request": "unknown profile 'x';\n\x1b[31mknown: response"}
+    assert "First invalid_request: unknown profile 'x'; [31mknown: response" in screen_of(found)
+
+
+def test_the_tiers_of_every_deployment_are_always_in_the_report() -> None:
+    found = report.build(record(Told("semantic")), SETUP, SIMULATED)
+    assert list(found.tiers) == ["l1", "l2", "semantic", "llm"]
+
+
+def test_one_is_singular_and_less_than_one_a_second_is_not_none() -> None:
+    found = report.build(record(Told("llm"), wall=25.0), SETUP, report.Provider("simulated", True, 1, 0))
+    shown = screen_of(found)
+    assert found.answered_per_s == 0.04
+    assert "1 request from" in shown
+    assert "0.04 answers/s" in shown
+    assert "counted 1 call." in shown
+    assert [words.per_second(rate) for rate in (0.0, 0.5, 3.46, 9.99, 1234.5)] == ["0", "0.5", "3.5", "10", "1,234"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"rate": float("inf")}, "--rate is inf"),
+        ({"rate": float("nan")}, "--rate is nan"),
+        ({"rate": 1.0, "speedup": float("inf")}, "--speedup is inf"),
+        ({"speedup": 2.0}, "no arrivals to speed up"),
+        ({"speedup": 2.0, "flat_out": True}, "--flat-out and --speedup exclude"),
+        ({"tenant": "a b"}, "tenant must be .* without white space"),
+        ({"profile": ""}, "profile must be"),
+        ({"model": "a\nb"}, "model must be"),
+        ({"timeout": float("nan")}, "timeout must be a number of seconds"),
+        ({"file": Path()}, "is a directory"),
+        ({"file": Path("nowhere")}, "nowhere: No such file"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_is_sent(
+    tmp_path: Path, options: dict[str, Any], complaint: str
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one\ntwo\n")
+    with pytest.raises(InvalidRequest, match=complaint):
+        session.prepare(session.Plan(**{"file": file} | options))
+
+
+def test_the_concurrency_in_force_is_told_whether_given_or_not() -> None:
+    assert Run(Desk(), []).concurrency == 100
+    assert Run(Desk(), [], []).concurrency == 20_000
+    assert Run(Desk(), [], concurrency=7).concurrency == 7
 
 
 def test_an_unknown_plot_format_is_refused_before_anything_runs() -> None:

@@ -38,6 +38,10 @@ def texts(path: Path, **options: Any) -> list[str]:
         ("a.txt", "one\n  two \n\n"),
         ("a.csv", "seq,key\n1,one\n2,two\n"),
         ("a.csv.gz", "prompt,key\none,1\ntwo,2\n"),
+        ("mark.jsonl", '\ufeff"one"\n"two"\n'),
+        ("mark.jsonl.gz", '\ufeff{"prompt": "one"}\n"two"\n'),
+        ("mark.txt", "\ufeffone\ntwo\n"),
+        ("mark.csv", "\ufeffkey\none\ntwo\n"),
     ],
 )
 def test_every_shape_of_file_gives_the_same_prompts(tmp_path: Path, name: str, content: str) -> None:
@@ -114,6 +118,16 @@ def test_a_file_that_cannot_be_replayed_says_what_to_do(
         workload.read(write(tmp_path / name, content))
 
 
+def test_a_directory_is_not_a_file_of_requests(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="is a directory; give a file"):
+        workload.read(tmp_path)
+
+
+def test_a_table_of_times_that_never_come_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"a\.csv:3: `ts_s` is 'inf'"):
+        workload.read(write(tmp_path / "a.csv", "key,ts_s\none,1\ntwo,inf\n"))
+
+
 def test_a_file_called_gz_that_is_not_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(b'"plain"\n')
     with pytest.raises(InvalidRequest, match=r"gzipped if and only if it ends in \.gz"):
@@ -148,6 +162,10 @@ def test_going_through_a_file_again_lets_its_clock_go_on() -> None:
     times = [request.at or 0.0 for request in workload.extend(asked(3, timed=True), 7)]
     assert times == sorted(times)
     assert len(set(times)) == 7
+
+
+def test_a_trace_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert arrivals.read_trace(write(tmp_path / "t.csv", "\ufeffts_s\n1\n3\n")) == [0.0, 2.0]
 
 
 def test_a_trace_starts_at_zero_in_order_and_plays_again_when_it_ends(tmp_path: Path) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from producers.replay.record import Recorder, in_order
 from producers.replay.report import Report
 from producers.replay.style import COLOURS, colour
+from producers.replay.words import counted
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg", ".pdf")
+#: The one directory that is made for a plot; a missing other one is more likely a slip.
+OUT = Path("out")
 DOTS = 6000
 WINDOWS = (10, 80)
 PER_WINDOW = 40
@@ -21,23 +27,47 @@ COMPUTED = ("coalesced", "llm")
 
 
 def check(path: Path) -> None:
-    """Refuse a plot file of an unknown format.
+    """Refuse a plot file that cannot be written, and leave nothing behind.
 
     Raises:
-        InvalidRequest: the name does not end in .png, .svg or .pdf.
+        InvalidRequest: it is a directory, does not end in .png, .svg or .pdf, or cannot be written.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise InvalidRequest(f"--plot is {path.name!r}; name it .png, .svg or .pdf", field="plot")
+    try:
+        if path.is_dir():
+            raise InvalidRequest(f"--plot {path} is a directory; name a file in it, such as replay.png", field="plot")
+        if path.suffix.lower() not in FORMATS:
+            raise InvalidRequest(f"--plot is {str(path)!r}; name it .png, .svg or .pdf", field="plot")
+        _try_writing(Path(os.path.realpath(path)), made=path.parent == OUT)
+    except OSError as problem:
+        raise InvalidRequest(unwritable(path, problem), field="plot") from None
+
+
+def unwritable(path: Path, problem: OSError) -> str:
+    """Return the message that `path` could not be written, and what to do."""
+    if isinstance(problem, FileNotFoundError):
+        return f"--plot {path}: there is no directory {path.parent}; make it, or name a file elsewhere"
+    return f"--plot {path}: {problem.strerror or problem}; name a file that can be written"
+
+
+def _try_writing(path: Path, *, made: bool) -> None:
+    """Raise the OSError that writing `path` would; its directory may be missing if it is to be `made`."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        parent = path.parent.parent if made and not path.parent.exists() else path.parent
+        with tempfile.TemporaryFile(dir=parent):
+            return
+    if stat.S_ISREG(mode):  # to open a pipe would wait for its reader
+        with path.open("ab"):
+            return
 
 
 def draw(recorder: Recorder, report: Report, path: Path) -> None:
-    """Draw the run into `path`, by its suffix; directories are made. Does nothing about an empty run.
+    """Draw the run into `path`, by its suffix; the directory `OUT` is made, no other. Does nothing about an empty run.
 
     Raises:
-        InvalidRequest: unknown suffix.
         OSError: the file cannot be written.
     """
-    check(path)
     if not len(recorder):
         return
     import matplotlib as mpl  # half a second that only a plot should cost
@@ -57,16 +87,20 @@ def draw(recorder: Recorder, report: Report, path: Path) -> None:
         _latency(below, recorder, edges)
         below.set_xlim(edges[0], edges[-1])
         figure.suptitle(_title(report), fontsize=11, x=0.01, ha="left")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-        plt.close(figure)
+        try:
+            if path.parent == OUT:
+                OUT.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=160)
+        finally:
+            plt.close(figure)
 
 
 def _title(report: Report) -> str:
     simulated = "simulated provider" if report.provider.simulated else report.provider.name
+    requests, calls = counted(report.requests, "request"), counted(report.spent.calls, "call")
     return (
-        f"{report.requests:,} requests from {report.run.source}: {report.without_call_share:.0%} answered without a "
-        f"call of their own\n{report.spent.calls:,} calls ({simulated}), {report.saved_share:.0%} of the cost saved"
+        f"{requests} from {report.run.source}: {report.without_call_share:.0%} answered without a "
+        f"call of their own\n{calls} ({simulated}), {report.saved_share:.0%} of the cost saved"
     )
 
 

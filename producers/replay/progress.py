@@ -22,6 +22,7 @@ from rich.text import Text
 
 from producers.replay.record import Recorder, in_order
 from producers.replay.style import COLOURS, colour
+from producers.replay.words import per_second
 
 REFRESH = 0.1
 
@@ -58,12 +59,12 @@ async def shown(recorder: Recorder, total: int, *, console: Console | None = Non
         TextColumn("  replay"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:,.0f}/s"),
+        TextColumn("{task.fields[rate]}/s"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console or Console(stderr=True),
     )
-    task = bar.add_task("replay", total=total, rate=0.0)
+    task = bar.add_task("replay", total=total, rate="0")
     with bar:
         refresher = asyncio.create_task(_keep_fresh(bar, task))
         try:
@@ -82,4 +83,4 @@ async def _keep_fresh(bar: _Bar, task: TaskID) -> None:
         del recent[:-20]
         (began, before), (now, done) = recent[0], recent[-1]
         rate = (done - before) / max(now - began, 1e-9)
-        bar.update(task, completed=done, rate=rate, refresh=bar.console.is_terminal)
+        bar.update(task, completed=done, rate=per_second(rate), refresh=bar.console.is_terminal)

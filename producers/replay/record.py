@@ -60,6 +60,7 @@ class Recorder:
         self.lag = array("d")
         self.names: list[str] = []
         self.counts: Counter[str] = Counter()
+        self.messages: dict[str, str] = {}
         self.spent: Counter[Usage] = Counter()
         self.saved: Counter[Usage] = Counter()
         self.simulated = 0
@@ -79,8 +80,9 @@ class Recorder:
         else:
             self.saved[call] += 1
 
-    def failed(self, due: float, latency: float, code: str) -> None:
-        """Record an error by its code."""
+    def failed(self, due: float, latency: float, code: str, message: str) -> None:
+        """Record an error by its code; the first message of each code is kept in `messages`."""
+        self.messages.setdefault(code, message)
         self._add(due, latency, ERROR + code)
 
     def _add(self, due: float, latency: float, way: str) -> None:

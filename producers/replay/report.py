@@ -11,6 +11,9 @@ from typing import Any
 from producers.replay.record import COALESCED, LLM, Recorder, Usage, in_order
 from shared.prices import cost
 
+#: The tiers that a report names even when nothing came from them.
+ALWAYS = ("l1", "l2", LLM)
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -36,12 +39,12 @@ class Money:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How the replay was done. `speedup` and `concurrency` as asked for; latency counts from `latency_from`."""
+    """How the replay was done. `concurrency` is the limit in force; latency counts from `latency_from`."""
 
     source: str
     arrivals: str
     latency_from: str
-    concurrency: int | None
+    concurrency: int
     speedup: float
     skipped_lines: int
     interrupted: bool
@@ -62,7 +65,10 @@ class Provider:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything a replay has to say. Shares are of all requests, from 0 to 1; times as their names say."""
+    """Everything a replay has to say. Shares are of all requests, from 0 to 1; times as their names say.
+
+    `tiers` has at least `ALWAYS`; `errors` counts by code, `error_messages` gives the first message of each code.
+    """
 
     run: Setup
     provider: Provider
@@ -73,6 +79,7 @@ class Report:
     tiers: dict[str, Way]
     coalesced: Way
     errors: dict[str, int]
+    error_messages: dict[str, str]
     wall_s: float
     answered_per_s: float
     driver_lag_p99_ms: float
@@ -95,8 +102,8 @@ def build(recorder: Recorder, run: Setup, provider: Provider) -> Report:
     """Add up a finished run. Takes time in proportion to its requests (and sorts their latencies once)."""
     total = len(recorder)
     by_way = recorder.latencies()
-    tiers = {way: _way(by_way[way], total) for way in in_order(recorder.names) if way != COALESCED}
-    tiers.setdefault(LLM, _way([], total))
+    named = in_order(list({*ALWAYS, *recorder.names} - {COALESCED}))
+    tiers = {way: _way(by_way.get(way, []), total) for way in named}
     answered = total - sum(recorder.errors.values())
     without_call = answered - tiers[LLM].count
     spent, saved = _money(recorder.spent), _money(recorder.saved)
@@ -111,8 +118,9 @@ def build(recorder: Recorder, run: Setup, provider: Provider) -> Report:
         tiers=tiers,
         coalesced=_way(by_way.get(COALESCED, []), total),
         errors=dict(sorted(recorder.errors.items())),
+        error_messages=dict(sorted(recorder.messages.items())),
         wall_s=round(recorder.wall, 3),
-        answered_per_s=round(answered / recorder.wall, 1) if recorder.wall else 0.0,
+        answered_per_s=_rate(answered, recorder.wall),
         driver_lag_p99_ms=_ms(percentile(sorted(recorder.lag), 0.99)),
         spent=spent,
         saved=saved,
@@ -150,6 +158,11 @@ def _money(calls: Counter[Usage]) -> Money:
 
 def _share(part: float, whole: float) -> float:
     return round(part / whole, 4) if whole else 0.0
+
+
+def _rate(count: int, seconds: float) -> float:
+    rate = count / seconds if seconds else 0.0
+    return round(rate, 1 if rate >= 1 else 4)
 
 
 def _ms(seconds: float) -> float:

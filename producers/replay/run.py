@@ -35,7 +35,8 @@ class Run:
     With a `schedule` (seconds from the start, one per request) it is an open loop: a request is sent when it is due
     whether or not earlier ones were answered, and its latency counts from when it was due, so a stall of the system
     or of this process shows up in the figures. Without one, `concurrency` requests are on their way at any moment.
-    `profile`, `tenant` and `timeout` (seconds) apply where a request names none.
+    `profile`, `tenant` and `timeout` (seconds) apply where a request names none. The attribute `concurrency` is the
+    limit in force, given or not.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class Run:
     ) -> None:
         self.recorder = Recorder()
         self.interrupted = False
+        self.concurrency = concurrency or (CLOSED_LOOP if schedule is None else OPEN_LOOP)
         self._client = client
         self._requests = requests
         self._schedule = schedule
-        self._concurrency = concurrency or (CLOSED_LOOP if schedule is None else OPEN_LOOP)
         self._profile = profile
         self._tenant = tenant
         self._timeout = timeout
@@ -86,13 +87,13 @@ class Run:
                 await self._ask(request, now)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._concurrency, len(self._requests))):
+            for _ in range(min(self.concurrency, len(self._requests))):
                 group.create_task(one_after_another())
 
     async def _open(self) -> None:
         schedule = self._schedule or ()
         order = sorted(range(len(self._requests)), key=schedule.__getitem__)
-        free = asyncio.Semaphore(self._concurrency)
+        free = asyncio.Semaphore(self.concurrency)
         async with asyncio.TaskGroup() as group:
             for number in order:
                 due = self._began + schedule[number]
@@ -114,6 +115,6 @@ class Run:
                 timeout=self._timeout,
             )
         except MillpondError as error:
-            self.recorder.failed(due - self._began, monotonic() - due, error.code)
+            self.recorder.failed(due - self._began, monotonic() - due, error.code, error.message)
         else:
             self.recorder.answered(due - self._began, monotonic() - due, reply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -18,6 +19,7 @@ from shared import keys
 from shared.embedded import resolve_url
 from shared.errors import InvalidRequest
 from shared.link import LINK_ERRORS, Link
+from shared.messages import MAX_DEADLINE, label, seconds
 from shared.settings import Settings
 
 #: Workers add up their counters once a second; after this many seconds those of the run are in.
@@ -61,10 +63,9 @@ def prepare(plan: Plan) -> Prepared:
     """Read the files of a plan and decide what is sent when.
 
     Raises:
-        InvalidRequest: options that exclude each other, or a file that cannot be replayed.
+        InvalidRequest: options that cannot work, or a file that cannot be replayed.
     """
-    if sum((plan.arrivals is not None, plan.rate is not None, plan.flat_out)) > 1:
-        raise InvalidRequest("--arrivals, --rate and --flat-out exclude each other; give one", field="arrivals")
+    _check_options(plan)
     exponent = None if plan.repeat is None else workload.parse_repeat(plan.repeat)
     rng = random.Random(plan.seed)
     try:
@@ -81,8 +82,31 @@ def prepare(plan: Plan) -> Prepared:
             requests, trace=plan.arrivals, rate=plan.rate, flat_out=plan.flat_out, speedup=plan.speedup, rng=rng
         )
     except OSError as problem:
-        raise InvalidRequest(f"{problem.filename}: {problem.strerror}; give a file that can be read") from None
+        raise InvalidRequest(
+            f"{problem.filename or plan.file}: {problem.strerror}; give a file that can be read"
+        ) from None
+    if times is None and plan.speedup != 1.0:
+        raise InvalidRequest(
+            f"--speedup {plan.speedup:g} has no arrivals to speed up; give --rate or --arrivals, or leave it out",
+            field="speedup",
+        )
     return Prepared(requests, times, _describe(plan, open_loop=times is not None), found.skipped)
+
+
+def _check_options(plan: Plan) -> None:
+    """Refuse what would fail every request. Which profiles there are only the workers know."""
+    if sum((plan.arrivals is not None, plan.rate is not None, plan.flat_out)) > 1:
+        raise InvalidRequest("--arrivals, --rate and --flat-out exclude each other; give one", field="arrivals")
+    if plan.flat_out and plan.speedup != 1.0:
+        raise InvalidRequest("--flat-out and --speedup exclude each other; give one", field="speedup")
+    for name, number in (("rate", plan.rate), ("speedup", plan.speedup)):
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise InvalidRequest(f"--{name} is {number:g}; give a finite number above 0, such as 2.5", field=name)
+    for name, text in (("model", plan.model), ("profile", plan.profile), ("tenant", plan.tenant)):
+        if text is not None:
+            label(text, name)
+    if plan.timeout is not None:
+        seconds(plan.timeout, "timeout", least=0.001, most=MAX_DEADLINE)
 
 
 def _describe(plan: Plan, *, open_loop: bool) -> str:
@@ -122,7 +146,7 @@ async def replay(settings: Settings, plan: Plan, prepared: Prepared, show: Show)
         source=plan.file.name,
         arrivals=prepared.arrivals,
         latency_from="the scheduled arrival" if run.open_loop else "the moment of sending",
-        concurrency=plan.concurrency,
+        concurrency=run.concurrency,
         speedup=plan.speedup,
         skipped_lines=prepared.skipped,
         interrupted=run.interrupted,

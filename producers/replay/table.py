@@ -9,19 +9,22 @@ from rich.text import Text
 
 from producers.replay.report import Money, Report, Way
 from producers.replay.style import colour
+from producers.replay.words import counted, per_second
 
 CALLED = {"l1": "l1: the worker's memory", "l2": "l2: Redis", "l3": "l3: PostgreSQL", "llm": "llm: computed for it"}
+
+LONGEST_MESSAGE = 400
 
 
 def render(report: Report) -> RenderableType:
     """Return the report as tables for a terminal of 80 columns or more."""
-    return Group(_headline(report), Text(), _ways(report), Text(), _calls(report), *_notes(report))
+    return Group(_headline(report), Text(), _ways(report), *_errors(report), Text(), _calls(report), *_notes(report))
 
 
 def _headline(report: Report) -> Text:
-    line = Text(f"{report.requests:,} requests", style="bold")
+    line = Text(counted(report.requests, "request"), style="bold")
     line.append(f" from {report.run.source}, {report.run.arrivals}", style="not bold")
-    line.append(f"\n{report.wall_s:,.1f} s, {report.answered_per_s:,.0f} answers/s", style="not bold")
+    line.append(f"\n{report.wall_s:,.1f} s, {per_second(report.answered_per_s)} answers/s", style="not bold")
     line.append(f", latency from {report.run.latency_from}", style="not bold dim")
     return line
 
@@ -44,6 +47,17 @@ def _ways(report: Report) -> Table:
         Text("without a call of its own", style="bold"), f"{report.without_call:,}", f"{report.without_call_share:.1%}"
     )
     return table
+
+
+def _errors(report: Report) -> list[Text]:
+    """Return the first message of each error, on one line and without what a terminal would obey."""
+    lines = []
+    for code, message in report.error_messages.items():
+        plain = "".join(letter if letter.isprintable() else " " for letter in message)
+        shown = " ".join(plain.split())
+        shown = shown if len(shown) <= LONGEST_MESSAGE else shown[:LONGEST_MESSAGE] + "…"
+        lines.append(Text.assemble((f"First {code}: ", "bold red"), shown or "no message"))
+    return lines
 
 
 def _figures(way: Way) -> tuple[str, ...]:
@@ -86,16 +100,18 @@ def _money(money: Money) -> tuple[str, ...]:
 def _notes(report: Report) -> list[Text]:
     provider, notes = report.provider, []
     called = (
-        "an unknown number of calls (counters unreadable)" if provider.calls is None else f"{provider.calls:,} calls"
+        "an unknown number of calls (counters unreadable)"
+        if provider.calls is None
+        else counted(provider.calls, "call")
     )
     if provider.errors:
         called += f", {provider.errors:,} failed"
     what = f"{provider.name} (no model was called; dollars are what the model it stands in for would have cost)"
     notes.append(f"Provider: {what if provider.simulated else provider.name}; its workers counted {called}.")
     if unpriced := report.spent.unpriced + report.saved.unpriced:
-        notes.append(f"{unpriced:,} answers came from models without a known price and count as $0.")
+        notes.append(f"{counted(unpriced, 'answer')} from models without a known price: counted as $0.")
     if report.run.skipped_lines:
-        notes.append(f"{report.run.skipped_lines:,} unreadable lines of the file were skipped.")
+        notes.append(f"Skipped {counted(report.run.skipped_lines, 'unreadable line')} of the file.")
     if report.driver_lag_p99_ms > 100:
         notes.append(
             f"This process sent 1 % of the requests {report.driver_lag_p99_ms:,.0f} ms late or more: lower --speedup "

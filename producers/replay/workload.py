@@ -15,7 +15,9 @@ import contextlib
 import csv
 import gzip
 import itertools
+import math
 import random
+import stat
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +27,12 @@ from typing import IO, Any
 
 import orjson
 
+from producers.replay.words import counted
 from shared.errors import InvalidRequest
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 LONGEST_FIELD = 16 << 20
+ENCODING = "utf-8-sig"
 EXPECTED = (
     'a JSON string, {"prompt": …}, a body with "messages" or "input", '
     'or a batch line {"custom_id", "method", "url", "body"}'
@@ -70,6 +74,8 @@ def read(path: Path, *, limit: int | None = None, skip_bad: bool = False) -> Wor
             message names file, line and what was expected.
         OSError: the file cannot be read.
     """
+    if stat.S_ISDIR(path.stat().st_mode):
+        raise InvalidRequest(f"{path} is a directory; give a file of requests in it", field=str(path))
     workload = Workload([])
     rows, parse = _reader(path)
     for number, row in rows:
@@ -87,7 +93,8 @@ def read(path: Path, *, limit: int | None = None, skip_bad: bool = False) -> Wor
             workload.skipped += 1
     if not workload.requests:
         raise InvalidRequest(
-            f"{path.name}: no requests in it ({workload.skipped} unreadable lines); expected {EXPECTED} on each line",
+            f"{path.name}: no requests in it ({counted(workload.skipped, 'unreadable line')}); "
+            f"expected {EXPECTED} on each line",
             field=path.name,
         )
     return workload
@@ -95,13 +102,16 @@ def read(path: Path, *, limit: int | None = None, skip_bad: bool = False) -> Wor
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[IO[str]]:
-    """Open a text file, gzipped if its name ends in `.gz`; what cannot be decoded becomes an `InvalidRequest`."""
+    """Open a UTF-8 file, with a byte order mark or without, gzipped if its name ends in `.gz`.
+
+    What cannot be decoded while it is read becomes an `InvalidRequest`.
+    """
     compressed = path.suffix == ".gz"
     try:
         with (
-            gzip.open(path, "rt", encoding="utf-8", newline="")
+            gzip.open(path, "rt", encoding=ENCODING, newline="")
             if compressed
-            else path.open("rt", encoding="utf-8", newline="")
+            else path.open("rt", encoding=ENCODING, newline="")
         ) as file:
             yield file
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, csv.Error) as problem:
@@ -221,7 +231,9 @@ def _parse_csv(row: dict[str, str]) -> Request:
     try:
         seconds = float(at) if at else None
     except ValueError:
-        raise _BadLine(f"`ts_s` is {at!r}, not a number of seconds") from None
+        seconds = math.nan
+    if seconds is not None and not math.isfinite(seconds):
+        raise _BadLine(f"`ts_s` is {at!r}, not a number of seconds")
     return _prompt(row.get("prompt") or row.get("key"), at=seconds)
 
 
