@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version_of
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,14 +92,23 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return _version_of("millpond")
+        return version("millpond")
     except PackageNotFoundError:
         return "0 (not installed)"
 
 
 def main() -> None:
-    """Run the `millpond` command."""
+    """Run the `millpond` command; Ctrl-C at any moment, while it loads too, ends it without a traceback."""
+    try:
+        _run_command()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run_command() -> None:
     try:
         import typer
     except ImportError:
@@ -129,7 +136,25 @@ def main() -> None:
             app.add_typer(command, name=name)
         else:
             app.command(name)(command)
-    app()
+    if "--json" not in sys.argv:
+        app()
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # no usage error
+            raise
+        _print_usage_error(error)
+        status = 2
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _print_usage_error(error: Any) -> None:
+    from shared.console import print_json
+    from shared.errors import InvalidRequest
+
+    parameter = getattr(getattr(error, "param", None), "name", None)
+    print_json({"error": InvalidRequest(error.format_message(), field=parameter).to_wire()})
+    error.show()  # on standard error, with the usage
 
 
 if __name__ == "__main__":

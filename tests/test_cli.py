@@ -5,36 +5,42 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import millpond
+from producers import commands as producing
 from shared.embedded import EmbeddedRedis
 from shared.errors import Unavailable
 from shared.keys import PartitionKeys
+from shared.messages import Mode
 from shared.settings import Settings
 from tests.conftest import Server
 from tests.processes import FRONT_DOOR, Process, start_worker
-from workers import commands
+from workers import commands, tables
 
 FAST: dict[str, Any] = {"simulated_first_token": 0.01, "simulated_tokens_per_second": 100_000}
 COMMANDS = ("up", "worker", "ask", "replay", "demo", "invalidate", "stats", "dead", "bench", "doctor")
 
 
-def run(*arguments: str, url: str | None = None, **settings: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, url: str | None = None, stdin: str | None = None, **settings: Any
+) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
     environment = os.environ | {f"MILLPOND_{name.upper()}": str(value) for name, value in settings.items()}
     if url is not None:
         environment["MILLPOND_REDIS_URL"] = url
     done = subprocess.run(
         [sys.executable, FRONT_DOOR, *arguments],
+        input=stdin,
         capture_output=True,
         text=True,
         env=environment,
@@ -45,9 +51,9 @@ def run(*arguments: str, url: str | None = None, **settings: Any) -> subprocess.
     return done
 
 
-def run_json(*arguments: str, url: str | None = None, status: int = 0) -> dict[str, Any]:
+def run_json(*arguments: str, url: str | None = None, status: int = 0, stdin: str | None = None) -> dict[str, Any]:
     """Run one command with `--json`; return the object it printed."""
-    done = run(*arguments, "--json", url=url)
+    done = run(*arguments, "--json", url=url, stdin=stdin)
     assert done.returncode == status, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -106,7 +112,7 @@ def test_the_stub_names_what_the_front_door_opens() -> None:
 def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
     helps = [run(command, "--help")]
     if command == "dead":
-        helps += [run("dead", sub, "--help") for sub in ("list", "show", "retry")]
+        helps += [run("dead", sub, "--help") for sub in ("list", "show", "retry", "discard")]
     assert all(found.returncode == 0 and "Example" in found.stdout for found in helps)
     assert "--json" in helps[-1].stdout
 
@@ -114,6 +120,38 @@ def test_every_command_has_help_with_an_example_and_json(command: str) -> None:
 def test_help_lists_every_command() -> None:
     found = run("--help").stdout
     assert [command for command in COMMANDS if command not in found] == []
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.15, 0.25, 0.4])
+def test_ctrl_c_at_any_moment_prints_no_traceback(server: Server, delay: float) -> None:
+    asking = subprocess.Popen(
+        [sys.executable, "-c", "import millpond; print(flush=True); millpond.main()", "ask", "nobody answers"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=FRONT_DOOR.parent,
+        env=os.environ | {"MILLPOND_REDIS_URL": server.url},
+    )
+    assert asking.stdout is not None
+    asking.stdout.readline()
+    time.sleep(delay)
+    asking.send_signal(signal.SIGINT)
+    _, errors = asking.communicate(timeout=30)
+    assert (asking.returncode, errors) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [(("stats", "--nonsense"), None), (("dead", "list", "--limit", "few"), "limit"), (("nothing-of-the-kind",), None)],
+)
+def test_usage_errors_are_json_too(arguments: tuple[str, ...], field: str | None) -> None:
+    error = run_json(*arguments, status=2)["error"]
+    assert (error["code"], error.get("field")) == ("invalid_request", field)
+
+
+def test_help_says_where_json_comes_in_lines() -> None:
+    helps = [" ".join(run(command, "--help").stdout.split()) for command in ("up", "worker", "stats")]
+    assert all("one object per line" in found.replace(" │ │ ", " ") for found in helps)
 
 
 # up
@@ -173,6 +211,13 @@ def test_up_gives_up_on_settings_its_workers_refuse() -> None:
     assert said[-1] == {"event": "stopped", "component": "redis"}
 
 
+def test_up_gives_up_on_a_configured_server_that_never_answers(tmp_path: Path) -> None:
+    done = run("up", "--json", url=f"unix://{tmp_path}/nobody")
+    assert done.returncode == 3, done.stdout
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert any(line["event"] == "error" and "cannot reach Redis" in line["detail"] for line in said)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux only")
 def test_nothing_outlives_a_killed_supervisor() -> None:
     with up() as running:
@@ -198,11 +243,19 @@ def test_a_worker_says_it_is_ready_and_stops_when_asked(server: Server) -> None:
     with start_worker("lookup", server.url) as worker:
         assert worker.name.startswith("lookup-")
         assert worker.terminate() == 0
+        assert worker.wait_for("stopped")["name"] == worker.name
 
 
-def test_a_worker_without_any_redis_is_misconfigured() -> None:
-    done = run("worker", "lookup")
-    assert done.returncode == 2
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("worker", "lookup"), ("ask", "x"), ("stats",), ("invalidate", "--all"),
+        ("dead", "list"), ("dead", "show", "1-0"), ("dead", "retry", "--all"), ("dead", "discard", "--all"),
+    ],
+)  # fmt: skip
+def test_without_any_deployment_redis_is_unavailable(command: tuple[str, ...]) -> None:
+    done = run(*command)
+    assert done.returncode == 3
     assert "run `millpond up` in another terminal" in done.stderr
 
 
@@ -257,6 +310,41 @@ def test_a_deadline_and_a_failing_provider_have_their_own_exit_codes(server: Ser
             await_that(lambda: not server.connect().exists(PartitionKeys(0).flight("x")))
 
 
+def test_the_modes_on_the_command_line_are_those_of_the_protocol() -> None:
+    assert tuple(producing.Mode) == get_args(Mode)
+    assert "only-if-cached" in run("ask", "--help").stdout
+
+
+def test_ask_takes_a_scope_a_system_message_and_standard_input(deployment: str) -> None:
+    scoped = ("ask", "And the price?", "--profile", "conversation", "--scope")
+    first = run_json(*scoped, "conversation_id=1", url=deployment)
+    assert run_json(*scoped, "conversation_id=2", url=deployment)["key"] != first["key"]
+    for wrong in ("conversation_id", "=1", "conversation_id="):
+        assert run_json(*scoped, wrong, url=deployment, status=2)["error"]["field"] == "scope"
+    plain = run_json("ask", "Who owns it?", url=deployment)
+    assert run_json("ask", "Who owns it?", "--system", "Be brief.", url=deployment)["key"] != plain["key"]
+    piped = run_json("ask", "-", url=deployment, stdin="Who owns it?\n")
+    assert (piped["key"], piped["tier"]) == (plain["key"], "l2")
+    run_json("ask", "-", "--system", "Be brief.", url=deployment, stdin="\n", status=2)
+
+
+def test_ask_as_json_has_the_body_and_why_it_was_not_stored(deployment: str) -> None:
+    found = run_json("ask", "Once only", "--mode", "no-store", url=deployment)
+    assert found["body"]["choices"][0]["message"]["content"] == found["text"]
+    assert (found["stored"], found["detail"]) == (False, "no-store")
+    assert "not stored (no-store)" in run("ask", "Once more", "--mode", "no-store", url=deployment).stderr
+
+
+def test_invalidate_says_what_it_covered_and_doubts_an_unknown_profile(server: Server) -> None:
+    found = run_json("invalidate", "--tag", "doc:42", "--tenant", "acme", url=server.url)
+    assert (found["labels"], found["partitions"]) == (["doc:42", "tenant:acme"], 1)
+    done = run("invalidate", "--profile", "respons", url=server.url)
+    assert done.returncode == 0
+    assert done.stdout == "forgotten: profile:respons; in 1 partition\n"
+    assert "warning: no profile 'respons'" in done.stderr
+    assert run("invalidate", "--all", url=server.url).stderr == ""
+
+
 # stats, doctor
 
 
@@ -270,6 +358,14 @@ def test_stats_count_what_happened_and_name_the_workers(deployment: str) -> None
     assert {queue["stream"] for queue in seen["queues"]} == {"requests", "fills", "refreshes"}
     shown = run("stats", url=deployment)
     assert "Live workers" in shown.stdout
+    assert all(name in shown.stdout for name in seen["counters"])
+
+
+def test_every_counter_of_the_workers_is_explained() -> None:
+    sources = "".join(path.read_text() for path in (FRONT_DOOR.parent / "workers").glob("*.py"))
+    counted = set(re.findall(r'counters\.add\("([\w.]+)"', sources))
+    assert len(counted) > 10
+    assert counted | {"absent", "invalidated", "stored", "not_stored"} <= set(tables.COUNTERS)
 
 
 def levels(report: dict[str, Any]) -> dict[str, str]:
@@ -280,6 +376,16 @@ def test_the_doctor_finds_a_healthy_deployment_healthy(deployment: str) -> None:
     report = run_json("doctor", url=deployment)
     assert report["ok"]
     assert {s for s, level in levels(report).items() if level != "ok"} == {"provider"}
+
+
+def test_the_doctor_judges_the_workers_and_not_its_own_shell(server: Server) -> None:
+    with start_worker("lookup", server.url, cache_enabled=False), start_worker("llm", server.url):
+        done = run("doctor", "--json", url=server.url, openai_api_key="s3cr3t-w0rd")
+        found = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+        assert found["provider"]["detail"].startswith("simulated")
+        assert "switched off in 1 of 1" in found["cache"]["detail"]
+        assert "provider openai (workers: simulated)" in found["this shell"]["detail"]
+        assert "cache on (workers: off)" in found["this shell"]["detail"]
 
 
 def test_the_doctor_says_what_to_do_without_a_server() -> None:
@@ -333,10 +439,10 @@ def test_dead_letters_are_listed_shown_and_retried_as_requests(deployment: str, 
     request = {"id": "r1", "reply": "", "deadline": "1000", "body": BODY}
     letter_id = bury(server, request, PartitionKeys(0).requests)
     (listed,) = run_json("dead", "list", url=deployment)["letters"]
-    assert (listed["id"], listed["deliveries"]) == (letter_id, 5)
+    assert (listed["id"], listed["deliveries"], listed["retryable"]) == (letter_id, 5, True)
     shown = run_json("dead", "show", letter_id, url=deployment)
     assert shown["message"]["body"]["messages"][0]["content"] == "Try me again"
-    assert run_json("dead", "retry", letter_id, url=deployment) == {"retried": [letter_id]}
+    assert run_json("dead", "retry", letter_id, url=deployment) == {"retried": [letter_id], "left": []}
     assert run_json("dead", "list", url=deployment) == {"letters": []}
     run_json("dead", "show", letter_id, url=deployment, status=2)
     with server.connect() as connection:
@@ -348,13 +454,25 @@ def test_a_dead_fill_is_retried_as_a_request_with_its_directives(deployment: str
     spec = json.dumps({"cache": {"tenant": "acme", "tags": ["doc:7"]}})
     fill = {"key": "0" * 32, "token": "t", "epoch": "0-0", "body": BODY, "spec": spec}
     bury(server, fill, PartitionKeys(0).fills)
-    bury(server, {"nonsense": "no body"}, PartitionKeys(0).fills)
-    assert len(run_json("dead", "retry", "--all", url=deployment)["retried"]) == 1
+    hopeless = bury(server, {"nonsense": "no body"}, PartitionKeys(0).fills)
+    done = run_json("dead", "retry", "--all", url=deployment)
+    assert (len(done["retried"]), done["left"]) == (1, [hopeless])
+    assert "1 left alone, no request in them" in run("dead", "retry", "--all", url=deployment).stdout
     with server.connect() as connection:
         await_that(lambda: connection.execute_command("HGET", "mp:stats", "stored") == b"1")
     mine = run_json("ask", "Try me again", "--tenant", "acme", url=deployment)
     assert mine["tier"] in ("l1", "l2")
     assert len(run_json("dead", "list", url=deployment)["letters"]) == 1
+
+
+def test_dead_letters_are_discarded_one_or_all(server: Server) -> None:
+    ids = [bury(server, {"nonsense": str(n)}, PartitionKeys(0).fills) for n in range(4)]
+    assert [letter["retryable"] for letter in run_json("dead", "list", url=server.url)["letters"]] == [False] * 4
+    assert run_json("dead", "discard", ids[1], url=server.url) == {"discarded": [ids[1]]}
+    run_json("dead", "discard", ids[1], url=server.url, status=2)
+    run_json("dead", "discard", url=server.url, status=2)
+    assert run("dead", "discard", "--all", "--partition", "0", url=server.url).stdout == "3 discarded\n"
+    assert run_json("dead", "list", url=server.url) == {"letters": []}
 
 
 def test_settings_reach_the_commands(settings: Callable[..., Settings], server: Server) -> None:

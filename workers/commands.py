@@ -24,6 +24,7 @@ from shared.link import LINK_ERRORS, Link
 from workers import dead_letters, doctor, overview, supervisor, tables
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line, instead of text.")]
 Concurrency = Annotated[int | None, typer.Option(min=1, help="Provider calls at once per LLM worker.")]
 Partition = Annotated[int | None, typer.Option(min=0, help="Only this partition.")]
 
@@ -43,13 +44,14 @@ def up(
     llm: Annotated[int, typer.Option(min=0, max=64, help="LLM workers.")] = 1,
     concurrency: Concurrency = None,
     ephemeral: Annotated[bool, typer.Option(help="Keep no data: gone when it stops.")] = False,
-    as_json: Json = False,
+    as_json: JsonLines = False,
 ) -> None:
     """Run everything: the embedded server (unless MILLPOND_REDIS_URL is set) and the workers, until Ctrl-C.
 
     Example: millpond up --lookup 2 --concurrency 128
 
-    Exit codes: 0 stopped when asked, 2 a wrong setting or a second `up` on the same data, 3 no server.
+    Exit codes: 0 stopped when asked, 2 a wrong setting or a second `up` on the same data, 3 no server: the embedded
+    one did not start, or the configured one did not answer within about ten seconds.
     """
     with reporting(as_json):
         chosen = settings.load()
@@ -61,7 +63,7 @@ def up(
 def worker(
     kind: Annotated[Kind, typer.Argument(help="What it does.")],
     concurrency: Concurrency = None,
-    as_json: Json = False,
+    as_json: JsonLines = False,
 ) -> None:
     """Run one worker in the foreground until SIGTERM or Ctrl-C; it finishes or hands back what it holds.
 
@@ -88,10 +90,10 @@ async def _work(kind: Kind, chosen: settings.Settings, as_json: bool) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    if not await _reach(embedded.resolve_url(chosen), stop):
-        return
+    names = []
 
     def on_ready(name: str) -> None:
+        names.append(name)
         if as_json:
             print_json({"event": "ready", "component": kind.value, "name": name, "pid": os.getpid()})
         else:
@@ -102,7 +104,18 @@ async def _work(kind: Kind, chosen: settings.Settings, as_json: bool) -> None:
         from workers.lookup import run
     else:
         from workers.llm import run
-    await run(chosen, stop, on_ready)
+    if await _reach(embedded.resolve_url(chosen), stop):
+        await run(chosen, stop, on_ready)
+    _say_stopped(kind, names, as_json)
+
+
+def _say_stopped(kind: Kind, names: list[str], as_json: bool) -> None:
+    with contextlib.suppress(BrokenPipeError):  # whoever listened may have ended first
+        if as_json:
+            named = {"name": names[0]} if names else {}  # none before it was ready
+            print_json({"event": "stopped", "component": kind.value, **named, "pid": os.getpid()})
+        else:
+            Console(soft_wrap=True).print(" ".join([f"[green]stopped[/]  {kind.value} worker", *names]))
 
 
 async def _reach(url: str, stop: asyncio.Event) -> bool:
@@ -126,11 +139,13 @@ async def _reach(url: str, stop: asyncio.Event) -> bool:
 
 def stats(
     watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
-    as_json: Json = False,
+    as_json: JsonLines = False,
 ) -> None:
-    """Show counters, hit rates, queues and live workers.
+    """Show counters since birth (the table says what each one counts), hit rates, queues and live workers.
 
     Example: millpond stats --watch
+
+    Exit codes: 0 shown, 2 a wrong setting, 3 Redis unavailable, 130 interrupted.
     """
     with reporting(as_json):
         connection = overview.connect(embedded.resolve_url(settings.load()))
@@ -170,7 +185,8 @@ def diagnose(as_json: Json = False) -> None:
 
 dead = typer.Typer(
     no_args_is_help=True,
-    help="Look at dead letters and try them again.\n\nExample: millpond dead list",
+    help="Look at dead letters, try them again or discard them.\n\nExample: millpond dead list\n\n"
+    "Exit codes: 0 done, 2 no such letter or a wrong setting, 3 Redis unavailable.",
 )
 
 
@@ -180,7 +196,7 @@ def dead_list(
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """List the dead letters, oldest first.
+    """List the dead letters, oldest first, and which of them can be retried.
 
     Example: millpond dead list --limit 20
     """
@@ -225,21 +241,58 @@ def dead_retry(
 ) -> None:
     """Publish a dead letter's message once more and remove the letter. A fill becomes a request nobody waits for.
 
+    --all leaves alone what holds no request to publish: such a letter can only be shown or discarded.
+
     Example: millpond dead retry --all
     """
     with reporting(as_json):
-        if everything == (letter_id is not None):
-            raise InvalidRequest("give one ID, or --all", field="id")
+        _one_or_all(letter_id, everything)
         connection, where, chosen = _open(partition)
+        left: list[dead_letters.Letter] = []
         if letter_id is not None:
             wanted = [dead_letters.find(connection, where, letter_id)]
         else:  # all that lie there now: a letter that dies again is not retried again
-            wanted = [letter for letter in dead_letters.letters(connection, where) if letter.retryable]
+            wanted = []
+            for letter in dead_letters.letters(connection, where):
+                (wanted if letter.retryable else left).append(letter)
         retried = [letter.id for letter in wanted if dead_letters.retry(connection, letter, chosen)]
         if as_json:
-            print_json({"retried": retried})
+            print_json({"retried": retried, "left": [letter.id for letter in left]})
+            return
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(f"{len(retried)} retried")
+        if left:
+            console.print(f"{len(left)} left alone, no request in them: `millpond dead show` one, or discard it")
+
+
+@dead.command("discard")
+def dead_discard(
+    letter_id: Annotated[str | None, typer.Argument(metavar="ID", help="As `millpond dead list` shows it.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every letter there is now.")] = False,
+    partition: Partition = None,
+    as_json: Json = False,
+) -> None:
+    """Remove a dead letter for good, without asking back.
+
+    Example: millpond dead discard 1760000000000-0
+    """
+    with reporting(as_json):
+        _one_or_all(letter_id, everything)
+        connection, where, _ = _open(partition)
+        if letter_id is None:
+            discarded = dead_letters.discard_all(connection, where)
         else:
-            Console().print(f"{len(retried)} retried")
+            letter = dead_letters.find(connection, where, letter_id)
+            discarded = [letter.id] if dead_letters.discard(connection, letter) else []
+        if as_json:
+            print_json({"discarded": discarded})
+        else:
+            Console().print(f"{len(discarded)} discarded")
+
+
+def _one_or_all(letter_id: str | None, everything: bool) -> None:
+    if everything == (letter_id is not None):
+        raise InvalidRequest("give one ID, or --all", field="id")
 
 
 def _open(partition: int | None) -> tuple[Any, range, settings.Settings]:

@@ -46,6 +46,7 @@ class Letter:
             "stream": self.stream,
             "original_id": self.original_id,
             "deliveries": self.deliveries,
+            "retryable": self.retryable,
         }
         return about | {"message": {n: _readable(v) for n, v in self.message.items()}} if whole else about
 
@@ -108,6 +109,23 @@ def retry(connection: redis.Redis, letter: Letter, settings: Settings) -> bool:
         except redis.WatchError:  # another letter came or went: look again
             return retry(connection, letter, settings)
     return True
+
+
+def discard(connection: redis.Redis, letter: Letter) -> bool:
+    """Remove the letter for good; False when it was removed meanwhile."""
+    return bool(connection.execute_command("XDEL", PartitionKeys(letter.partition).dead, letter.id))
+
+
+def discard_all(connection: redis.Redis, partitions: range) -> list[str]:
+    """Remove the letters that lie in these partitions now, not those that come meanwhile; return their ids."""
+    removed: list[str] = []
+    for names in map(PartitionKeys, partitions):
+        newest = connection.execute_command("XREVRANGE", names.dead, "+", "-", "COUNT", 1)
+        while newest and (page := connection.execute_command("XRANGE", names.dead, "-", newest[0][0], "COUNT", _PAGE)):
+            ids = [letter_id for letter_id, _ in page]
+            connection.execute_command("XDEL", names.dead, *ids)
+            removed += [letter_id.decode() for letter_id in ids]
+    return removed
 
 
 def _request(letter: Letter, now_ms: int, settings: Settings) -> dict[str, bytes]:

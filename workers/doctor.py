@@ -1,4 +1,8 @@
-"""`millpond doctor`: what is configured, what answers, and what to do about the rest. It changes nothing."""
+"""`millpond doctor`: what is configured, what answers, and what to do about the rest. It changes nothing.
+
+Workers take their settings where they were started: while any are alive, what they say is judged, and this shell's
+settings only where they differ.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import Any, Literal
 import redis
 
 from shared import console, embedded
-from shared.errors import ConfigError
+from shared.errors import ConfigError, Unavailable
 from shared.settings import Settings
 from workers import overview
 from workers.supervisor import provider_in_force
@@ -39,16 +43,17 @@ class Finding:
 def examine(settings: Settings) -> Iterator[Finding]:
     """Yield findings, the configuration first, then as far into the deployment as can be reached."""
     yield from _configuration(settings)
-    yield _provider(settings)
     try:
         url = embedded.resolve_url(settings)
-    except ConfigError as error:
+    except (ConfigError, Unavailable) as error:
+        yield from _of_this_shell(settings)
         yield Finding("fail", "redis", f"none configured and none running on {settings.data_dir}", error.message)
         return
     connection = overview.connect(url)
     try:
         server = dict(connection.execute_command("INFO"))
     except (redis.RedisError, OSError) as error:
+        yield from _of_this_shell(settings)
         yield Finding("fail", "redis", f"{console.masked(url)}: {error}", _unreachable_advice(error))
         return
     with connection:
@@ -70,6 +75,11 @@ def _configuration(settings: Settings) -> Iterator[Finding]:
         field = name.removeprefix("MILLPOND_").lower().partition("__")[0]
         if field not in type(settings).model_fields and not name.startswith(_NOT_SETTINGS):
             yield Finding("warn", "settings", f"{name} is no setting", "correct its name or unset it")
+
+
+def _of_this_shell(settings: Settings) -> Iterator[Finding]:
+    """What workers started here would do; to be told while none are alive."""
+    yield _provider(settings)
     if not settings.cache_enabled:
         yield Finding(
             "warn", "cache", "switched off: every request goes to the provider", "MILLPOND_CACHE_ENABLED=true"
@@ -136,6 +146,10 @@ def _persistence(server: dict[str, Any]) -> Finding:
 
 def _deployment(connection: redis.Redis, settings: Settings) -> Iterator[Finding]:
     seen = overview.look(connection)
+    if seen.workers:
+        yield from _in_force(seen, settings)
+    else:
+        yield from _of_this_shell(settings)
     if not seen.partitions:
         yield Finding("warn", "partitions", "none recorded: no worker has started here yet", "millpond up")
         return
@@ -151,11 +165,47 @@ def _deployment(connection: redis.Redis, settings: Settings) -> Iterator[Finding
     yield from _workers(seen)
     yield from _queues(seen, settings)
     if seen.dead:
-        yield Finding(
-            "warn", "dead letters", str(seen.dead), "millpond dead list, then millpond dead retry or keep them"
-        )
+        advice = "millpond dead list says why; then millpond dead retry, or millpond dead discard"
+        yield Finding("warn", "dead letters", str(seen.dead), advice)
     else:
         yield Finding("ok", "dead letters", "none")
+
+
+def _in_force(seen: overview.Overview, settings: Settings) -> Iterator[Finding]:
+    """What the live workers say of their own settings, and where this shell's differ."""
+    providers = [str(w["provider"]) for w in seen.workers if w.get("kind") == "llm" and w.get("provider")]
+    switches = [bool(w["cache_enabled"]) for w in seen.workers if w.get("kind") == "lookup" and "cache_enabled" in w]
+    yield _live_provider(providers) if providers else _provider(settings)
+    if switches:
+        yield _live_cache(switches)
+    differing = []
+    if providers and set(providers) != {settings.provider_name}:
+        differing.append(f"provider {settings.provider_name} (workers: {', '.join(sorted(set(providers)))})")
+    if switches and set(switches) != {settings.cache_enabled}:
+        here, there = ("on", "off") if settings.cache_enabled else ("off", "on")
+        differing.append(f"cache {here} (workers: {there if len(set(switches)) == 1 else 'some on, some off'})")
+    if differing:
+        detail = f"set otherwise than the workers: {'; '.join(differing)}"
+        yield Finding(
+            "warn", "this shell", detail, "the workers' settings count; start them anew from here to change them"
+        )
+
+
+def _live_provider(providers: list[str]) -> Finding:
+    named = ", ".join(f"{name} ({providers.count(name)} of {len(providers)})" for name in sorted(set(providers)))
+    if len(set(providers)) > 1:
+        return Finding("warn", "provider", f"LLM workers disagree: {named}", "start all with the same settings")
+    if "simulated" in providers:
+        advice = "for real ones start the LLM workers with OPENAI_API_KEY or MILLPOND_OPENAI_BASE_URL"
+        return Finding("warn", "provider", "simulated, say the live LLM workers: answers are made up", advice)
+    return Finding("ok", "provider", f"{providers[0]}, say the live LLM workers")
+
+
+def _live_cache(switches: list[bool]) -> Finding:
+    if all(switches):
+        return Finding("ok", "cache", "switched on, say the live lookup workers")
+    off = f"switched off in {switches.count(False)} of {len(switches)} lookup workers: what they read is not cached"
+    return Finding("warn", "cache", off, "start them with MILLPOND_CACHE_ENABLED=true")
 
 
 def _workers(seen: overview.Overview) -> Iterator[Finding]:

@@ -48,6 +48,9 @@ class Plan:
 def run(settings: Settings, plan: Plan, emit: Emit) -> int:
     """Run everything until SIGINT, SIGTERM or SIGHUP; return the exit code.
 
+    That is 0, or what its workers ended with when starting them again could not help: 2 when they refuse their
+    settings, 3 when the configured server could not be reached before any worker was ready.
+
     Raises:
         ConfigError: no server can be started here, or one runs on this data directory already.
         Unavailable: the embedded server did not come up.
@@ -118,7 +121,7 @@ class _Supervisor:
         self._status = 0
 
     async def run(self) -> int:
-        """Run until told to stop; return 0, or 2 when the workers refuse their settings."""
+        """Run until told to stop; return the exit code, see `run` of this module."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
@@ -157,7 +160,8 @@ class _Supervisor:
             if self._stop.is_set():
                 self._emit({"event": "stopped", "component": name, "status": status})
                 return
-            if status == console.CONFIG:  # it said why; trying again would not change it
+            never_reached = status == console.UNAVAILABLE and self._server is None and not self._ready
+            if status == console.CONFIG or never_reached:  # it said why; trying again would not change it
                 self._status = status
                 self._stop.set()
                 return

@@ -14,21 +14,32 @@ from workers.doctor import Finding
 from workers.overview import Overview
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
-_COUNTED = (
-    ("requests", "requests"),
-    ("hit.l1", "answered from L1"),
-    ("hit.l2", "answered from L2"),
-    ("collapsed", "joined a flight"),
-    ("miss", "computed"),
-    ("provider_calls", "provider calls"),
-    ("provider_errors", "provider errors"),
-    ("stored", "stored"),
-    ("not_stored", "not stored"),
-    ("tokens.prompt", "prompt tokens paid"),
-    ("tokens.completion", "completion tokens paid"),
-    ("saved.prompt", "prompt tokens saved"),
-    ("saved.completion", "completion tokens saved"),
-)
+#: What each counter counts, in the order of the table.
+COUNTERS = {
+    "requests": "read by the lookup workers",
+    "hit.l1": "answered from a lookup worker's memory",
+    "hit.l2": "answered from Redis",
+    "collapsed": "joined a call already under way",
+    "miss": "began a call of their own",
+    "absent": "looked for in L2 and not there",
+    "invalidated": "L2 entries found void, and removed",
+    "unreadable": "L2 entries that could not be read, and removed",
+    "provider_calls": "calls to the provider, repeated attempts included",
+    "provider_errors": "calls that failed, those tried again included",
+    "stored": "computed answers that were stored",
+    "not_stored": "computed answers delivered and not stored: no-store, bypass, invalidated meanwhile, cut short, …",
+    "failed": "computations that ended in an error",
+    "tokens.prompt": "prompt tokens of computed answers",
+    "tokens.completion": "completion tokens of computed answers",
+    "not_cached": "only-if-cached requests that found nothing",
+    "expired": "requests whose deadline had passed when a worker read them",
+    "invalid": "requests refused as malformed",
+    "overloaded": "requests refused because the queue of the LLM workers was full",
+    "handed_over": "requests moved to the partition they belong to",
+    "abandoned": "computations dropped because nobody waited any longer",
+    "leases_lost": "computations taken over by another worker; nothing written by the first",
+    "dead": "messages put among the dead letters",
+}
 
 
 class EventPrinter:
@@ -73,16 +84,15 @@ def show_overview(console: Console, seen: Overview) -> None:
         console.print("No worker has started here yet: millpond up")
         return
     counters = Table(title="Counters since birth", box=None, title_justify="left")
-    counters.add_column()
-    counters.add_column(justify="right")
-    counters.add_column(justify="right", style="dim")
-    named = dict(_COUNTED)
-    shown = [(name, label) for name, label in _COUNTED if name in seen.counters]
-    shown += [(name, name.replace("_", " ")) for name in seen.counters if name not in named]
+    counters.add_column(no_wrap=True)
+    counters.add_column(justify="right", no_wrap=True)
+    counters.add_column(justify="right", no_wrap=True)
+    counters.add_column(style="dim")
     rates = seen.rates
-    for name, label in shown:
+    shown = [name for name in COUNTERS if name in seen.counters]
+    for name in [*shown, *(name for name in seen.counters if name not in COUNTERS)]:
         share = f"{rates[name]:.1%}" if name in rates else ""
-        counters.add_row(label, f"{seen.counters[name]:,}", share)
+        counters.add_row(name, f"{seen.counters[name]:,}", share, COUNTERS.get(name, ""))
     console.print(counters)
     console.print(_queues(seen))
     console.print(_workers(seen))
@@ -127,9 +137,11 @@ def show_letters(console: Console, found: Sequence[Letter]) -> None:
         console.print("No dead letters.")
         return
     table = Table(box=None)
-    for heading in ("partition", "id", "stream", "deliveries", "reason"):
+    for heading in ("partition", "id", "stream", "deliveries", "retryable", "reason"):
         table.add_column(heading, no_wrap=heading == "id")
     for letter in found:
         stream = letter.stream.rpartition(":")[2]
-        table.add_row(str(letter.partition), letter.id, stream, str(letter.deliveries), escape(letter.reason))
+        retryable = "yes" if letter.retryable else "no"
+        reason = escape(letter.reason)
+        table.add_row(str(letter.partition), letter.id, stream, str(letter.deliveries), retryable, reason)
     console.print(table)

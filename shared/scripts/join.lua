@@ -34,6 +34,9 @@ local status
 local shared = mode ~= 'bypass'
 if shared then
   local flight = redis.call('HMGET', KEYS[4], 'token', 'epoch', 'tags', 'ttl', 'store')
+  -- One with too many tags does not know them all: whatever was invalidated since may have been one of them.
+  local last = flight[5] == 'many-tags' and redis.call('HGET', KEYS[5], '#last')
+  if last and newer(last, flight[2]) then flight = {} end
   if flight[1] then
     local all, known = lines(flight[3]), {}
     for _, label in ipairs(all) do known[label] = true end
