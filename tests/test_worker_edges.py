@@ -253,7 +253,7 @@ async def test_a_request_of_thousands_of_fields_is_buried_and_holds_up_nobody(po
         await pond.settled()
 
 
-async def test_an_outcome_of_another_version_is_buried_and_holds_up_nobody(pond: Pond) -> None:
+async def test_an_outcome_of_another_version_is_told_as_an_error_and_holds_up_nobody(pond: Pond) -> None:
     raw = Raw(pond)
     async with pond.working("lookup"):
         raw.publish("odd", "odd")
@@ -268,6 +268,7 @@ async def test_an_outcome_of_another_version_is_buried_and_holds_up_nobody(pond:
         pond.redis.delete(flight)  # it had landed
         async with pond.working("llm", **FAST):
             await raw.answered("innocent")
+            await raw.answered("odd")
             await until(lambda: pond.length("dead") == 1 and pond.length("fills") == 0, "it is buried", timeout=5)
 
 

@@ -17,7 +17,7 @@ import orjson
 
 from shared import keys
 from shared.embedded import resolve_url
-from shared.entry import pack
+from shared.entry import Unreadable, pack
 from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError, Unavailable
 from shared.faults import fault_point
 from shared.keys import PartitionKeys
@@ -132,9 +132,14 @@ class LLMConsumer(Consumer):
         except (ValueError, KeyError, TypeError):
             return
         error = Poisoned("this request repeatedly ended the workers that computed it; it lies in the dead letters")
-        await self._tell(await self._fail(fill, error))
-        k = self.keys
-        await self.link.call(("DEL", k.waiters(fill.key, fill.token), k.outcome(fill.key, fill.token)))
+        waiters, recorded = self.keys.waiters(fill.key, fill.token), self.keys.outcome(fill.key, fill.token)
+        try:
+            outcome = await self._fail(fill, error)
+        except Unreadable:  # it has an outcome, of a version this one cannot read
+            aboard = await self.link.call(("LRANGE", waiters, 0, -1))
+            outcome = Outcome(since_ms, aboard, error_payload(error), error_payload(error))
+        await self._tell(outcome)
+        await self.link.call(("DEL", waiters, recorded))
 
     async def drain(self) -> None:
         """Let calls in flight finish for a while; cancel the rest, to be handed back."""
