@@ -31,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "miss": {"rounds": 2, "count": 5, "together": 4, "count_together": 8},
     "stampede": {"rounds": 1, "requests": 200, "producers": 2},
     "failover": {"rounds": 1, "requests": 200, "producers": 2},
-    "memory": {"answers": 60, "compared": 20},
+    "memory": {"answers": 1000, "compared": 20},
 }
 PROMISED = {
     "hits": {"millpond_per_s", "get_per_s", "echo_per_s", "ratio_to_get", "ratio_to_echo"},
