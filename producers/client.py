@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import orjson
 from redis.exceptions import RedisError
@@ -28,6 +28,18 @@ from shared.settings import Settings, load
 
 _ERROR = b'{"error"'
 _KEY = re.compile("[0-9a-f]{32}")
+
+
+class Directives(TypedDict, total=False):
+    """What may be said of one request beside its body; see `Client.ask`. None is as good as nothing."""
+
+    profile: str | None
+    tenant: str | None
+    mode: Mode | None
+    ttl: float | None
+    max_age: float | None
+    tags: Sequence[str]
+    scope: Mapping[str, str] | None
 
 
 class Client:
@@ -147,8 +159,9 @@ class Client:
 
         Give a `prompt`, or OpenAI-style `messages`, or `input`; further `fields` go into the request's body as they
         are (and count in the key). `ttl` and `max_age` bound how long the answer may be served and how old a stored
-        one may be, `timeout` how long to wait here, all in seconds. `mode`: `default`; `refresh` (recompute and
-        store); `only-if-cached`; `no-store` (read, but do not store); `bypass` (neither).
+        one may be, `timeout` how long to wait here, all in seconds. Without `model` the workers' default is asked.
+        `mode`: `default`; `refresh` (recompute and store); `only-if-cached`; `no-store` (read, but do not store);
+        `bypass` (neither).
 
         Raises:
             InvalidRequest: a field is wrong; `.field` names it.
@@ -160,7 +173,7 @@ class Client:
         """
         if (prompt is None) + (messages is None) + (input is None) != 2:
             raise InvalidRequest("give exactly one of prompt, messages or input", field="prompt")
-        body: dict[str, Any] = {"model": model or self._settings.model}
+        body: dict[str, Any] = {} if model is None else {"model": model}
         if prompt is not None:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise InvalidRequest("prompt must be a text, and not empty", field="prompt")
@@ -184,17 +197,7 @@ class Client:
         )
 
     async def ask_body(
-        self,
-        body: Mapping[str, Any] | bytes,
-        *,
-        profile: str | None = None,
-        tenant: str | None = None,
-        mode: Mode | None = None,
-        ttl: float | None = None,
-        max_age: float | None = None,
-        tags: Sequence[str] = (),
-        scope: Mapping[str, str] | None = None,
-        timeout: float | None = None,
+        self, /, body: Mapping[str, Any] | bytes, *, timeout: float | None = None, **directives: Unpack[Directives]
     ) -> Reply:
         """Ask with an OpenAI-style body (a mapping, or its JSON), sent as it is. Otherwise as `ask`."""
         if self._publisher is None:
@@ -204,7 +207,7 @@ class Client:
             raise InvalidRequest(
                 f"body has {len(encoded)} bytes; the limit is {self._settings.max_input_bytes}", field="body"
             )
-        cache = self._directives(profile, tenant, mode, ttl, max_age, tags, scope)
+        cache = self._encode_directives(directives)
         wait = (
             self._settings.timeout if timeout is None else seconds(timeout, "timeout", least=0.001, most=MAX_DEADLINE)
         )
@@ -250,22 +253,12 @@ class Client:
                 if not future.done():
                     self._publisher.publish(outgoing)
 
-    def _directives(
-        self,
-        profile: str | None,
-        tenant: str | None,
-        mode: str | None,
-        ttl: float | None,
-        max_age: float | None,
-        tags: Sequence[str],
-        scope: Mapping[str, str] | None,
-    ) -> bytes:
-        named = {"profile": profile, "tenant": tenant, "mode": mode, "ttl": ttl, "max_age": max_age, "scope": scope}
-        for name, value in (("ttl", ttl), ("max_age", max_age)):
-            if value is not None:
-                seconds(value, name, least=0.0)
-        wire = self._defaults | {name: value for name, value in named.items() if value is not None}
-        if tags:
+    def _encode_directives(self, directives: Directives) -> bytes:
+        wire = self._defaults | {name: value for name, value in directives.items() if value is not None}
+        for name in ("ttl", "max_age"):
+            if name in wire:
+                seconds(wire[name], name, least=0.0)
+        if tags := wire.pop("tags", None):
             wire["tags"] = [tags] if isinstance(tags, str) else list(tags)
         return self._encode(wire, "cache") if wire else b""
 

@@ -141,11 +141,15 @@ class Pond:
             for about in self.redis.xinfo_consumers(stream, group["name"])
         }
 
+    def found(self, pattern: str) -> list[bytes]:
+        """Return the names of all keys that match, each once, in order."""
+        return sorted(set(self.redis.scan_iter(pattern, count=1000)))
+
     def is_settled(self) -> bool:
         """Whether nothing is waiting, in hand, in flight or still to be told."""
         if any(self.length(stream) for stream in ("requests", "fills", "refreshes")):
             return False
-        return not any(self.redis.keys(f"{{mp:*}}:{part}:*") for part in _QUIET)
+        return not any(self.found(f"{{mp:*}}:{part}:*") for part in _QUIET)
 
     async def settled(self) -> None:
         """Wait until everything that was begun is done with."""
@@ -204,7 +208,7 @@ class Pond:
 
 def body_of(prompt: str) -> bytes:
     """Return the body that `Client.ask(prompt)` sends."""
-    return orjson.dumps({"model": "gpt-4o-mini", "messages": [{"role": "user", "content": prompt}]})
+    return orjson.dumps({"messages": [{"role": "user", "content": prompt}]})
 
 
 class Raw:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from shared.providers import Provider, make_provider
+from shared.settings import Settings
 
 #: Spaced and ordered as no serialiser of ours would: a body that was parsed and written again is not equal to it.
 GOOD = (
@@ -19,6 +23,10 @@ GOOD = (
     b' "choices": [ {"finish_reason":"stop","index":0,"message":{"content":"caf\\u00e9","role":"assistant"}} ],\n'
     b' "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10} }\n'
 )
+
+
+KEY = "sk-test-0123456789"
+CHAT = {"model": "stub-1", "messages": [{"role": "user", "content": "Where is my parcel?"}]}
 
 
 @dataclass(frozen=True)
@@ -116,3 +124,29 @@ def _rendered(answer: Scripted) -> bytes:
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     sent = body[: len(body) // 2] if answer.cut == "mid-body" else body
     return f"HTTP/1.1 {answer.status} Scripted\r\n{head}\r\n".encode() + sent
+
+
+def configured(**fields: Any) -> Settings:
+    """Return settings whose retries take no time to speak of."""
+    quick = {"backoff_initial": 0.01, "backoff_max": 0.05, "attempt_timeout": 5.0, "total_timeout": 10.0}
+    return Settings(**{**quick, **fields})
+
+
+@asynccontextmanager
+async def provider_of(settings: Settings) -> AsyncIterator[Provider]:
+    """A provider, closed at the end."""
+    provider = make_provider(settings)
+    try:
+        yield provider
+    finally:
+        await provider.close()
+
+
+@asynccontextmanager
+async def scripted(*script: Scripted) -> AsyncIterator[tuple[OpenAIServer, Provider]]:
+    """A server that follows the script, and a provider that talks to it."""
+    async with (
+        OpenAIServer(script) as server,
+        provider_of(configured(openai_base_url=server.url, openai_api_key=KEY)) as provider,
+    ):
+        yield server, provider

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,12 @@ from shared.embedded import tethered
 
 FRONT_DOOR = Path(__file__).parent.parent / "millpond.py"
 READY_TIMEOUT = 30.0
+#: Data directories no server can use, as functions of a directory in which `file` is a file.
+UNUSABLE_DIRECTORIES: dict[str, Callable[[Path], Path]] = {
+    "a file": lambda here: here / "file",
+    "under a file": lambda here: here / "file" / "data",
+    "a name of 300 characters": lambda here: here / ("x" * 300),
+}
 
 
 class Process:
@@ -152,6 +158,11 @@ class Process:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.errors += line
+
+
+def our_code_environment() -> dict[str, str]:
+    """Return an environment in which another Python finds our packages."""
+    return os.environ | {"PYTHONPATH": str(FRONT_DOOR.parent)}
 
 
 def start_worker(

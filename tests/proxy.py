@@ -24,7 +24,8 @@ _CHUNK = 1 << 16
 class Proxy:
     """Listens on a TCP port of localhost, forwards to a unix socket or a TCP address.
 
-    `connections` counts those accepted, `cuts` those that a predicate ended, `forwarded` the bytes sent upstream.
+    `connections` counts those accepted, `refused` those of them ended at once (told to, or nobody listens upstream),
+    `cuts` those that a predicate ended, `forwarded` the bytes sent upstream.
     """
 
     def __init__(self, *, path: str | None = None, host: str = "127.0.0.1", port: int = 6379) -> None:
@@ -38,6 +39,7 @@ class Proxy:
         self.delay = 0.0
         self.refuse = False
         self.connections = 0
+        self.refused = 0
         self.cuts = 0
         self.forwarded = 0
 
@@ -90,6 +92,7 @@ class Proxy:
         task.add_done_callback(self._tasks.discard)
         self.connections += 1
         if self.refuse:
+            self.refused += 1
             writer.transport.abort()
             return
         try:
@@ -98,6 +101,7 @@ class Proxy:
             else:
                 up_reader, up_writer = await asyncio.open_connection(self._host, self._port)
         except OSError:
+            self.refused += 1
             writer.transport.abort()
             return
         self._open |= {writer, up_writer}

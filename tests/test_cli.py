@@ -1,8 +1,7 @@
-"""The `millpond` command: one process that runs everything, and commands whose exit codes mean something."""
+"""The `millpond` command: its front door, and commands whose exit codes mean something."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,73 +18,18 @@ import pytest
 import millpond
 from producers import commands as producing
 from shared.embedded import EmbeddedRedis
-from shared.errors import Unavailable
 from shared.keys import PartitionKeys
 from shared.messages import Mode
 from shared.settings import Settings
+from tests import command_line
+from tests.command_line import FAST, await_that, run, run_json
 from tests.conftest import Server
-from tests.processes import FRONT_DOOR, Process, start_worker
-from workers import commands, tables
+from tests.processes import FRONT_DOOR, start_worker
+from workers import tables
 
-FAST: dict[str, Any] = {"simulated_first_token": 0.01, "simulated_tokens_per_second": 100_000}
+deployment = command_line.deployment
+
 COMMANDS = ("up", "worker", "ask", "replay", "demo", "invalidate", "stats", "dead", "bench", "doctor")
-
-
-def run(
-    *arguments: str, url: str | None = None, stdin: str | None = None, **settings: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
-    environment = os.environ | {f"MILLPOND_{name.upper()}": str(value) for name, value in settings.items()}
-    if url is not None:
-        environment["MILLPOND_REDIS_URL"] = url
-    done = subprocess.run(
-        [sys.executable, FRONT_DOOR, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=60,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-def run_json(*arguments: str, url: str | None = None, status: int = 0, stdin: str | None = None) -> dict[str, Any]:
-    """Run one command with `--json`; return the object it printed."""
-    done = run(*arguments, "--json", url=url, stdin=stdin)
-    assert done.returncode == status, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def up(*arguments: str, **overrides: Any) -> Process:
-    """Start `millpond up` and wait until all is ready."""
-    process = Process(["up", *arguments], None, FAST | overrides)
-    process.wait_for("running")
-    return process
-
-
-def ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def await_that(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def deployment(server: Server) -> Iterator[str]:
-    """The URL of a server with a worker of each kind."""
-    with start_worker("lookup", server.url) as lookup, start_worker("llm", server.url, **FAST) as llm:
-        yield server.url
-        assert (lookup.terminate(), llm.terminate()) == (0, 0)
 
 
 # the front door
@@ -154,98 +98,6 @@ def test_help_says_where_json_comes_in_lines() -> None:
     assert all("one object per line" in found.replace(" │ │ ", " ") for found in helps)
 
 
-# up
-
-
-def test_up_is_found_by_ask_and_keeps_its_data_over_a_restart() -> None:
-    with up("--lookup", "2") as running:
-        assert running.wait_for("running")["seconds"] < 10
-        pids = [line["pid"] for line in running.lines if line["event"] == "ready"]
-        assert len(pids) == 4
-        assert run_json("ask", "What is a millpond?")["tier"] == "llm"
-        assert running.terminate() == 0
-        assert all(ended(pid) for pid in pids)
-        stopped = [line["component"] for line in running.lines if line["event"] == "stopped"]
-        assert stopped[-1] == "redis"
-        assert set(stopped) == {"lookup-1", "lookup-2", "llm-1", "redis"}
-    with up() as running:
-        assert run_json("ask", "What is a millpond?")["tier"] == "l2"
-        assert running.terminate() == 0
-
-
-def test_ctrl_c_stops_an_ephemeral_one_that_leaves_no_data(tmp_path: Path) -> None:
-    with up("--ephemeral", data_dir=tmp_path / "here") as running:
-        running.send(signal.SIGINT)
-        assert running.wait() == 0
-    assert [path.name for path in (tmp_path / "here").iterdir()] == ["server.lock"]
-
-
-def test_a_second_up_on_the_same_data_is_refused() -> None:
-    with up("--llm", "0"):
-        done = run("up")
-    assert done.returncode == 2
-    assert "another `millpond up` runs on" in done.stderr
-
-
-def test_a_killed_worker_and_a_killed_server_are_started_again() -> None:
-    with up() as running:
-        worker = running.wait_for("ready", component="lookup-1")
-        os.kill(worker["pid"], signal.SIGKILL)
-        assert running.wait_for("exited", component="lookup-1")["detail"] == "killed by SIGKILL"
-        await_that(lambda: sum(line.get("component") == "lookup-1" for line in running.lines) == 3)
-        assert run_json("ask", "before")["tier"] == "llm"
-        os.kill(running.wait_for("ready", component="redis")["pid"], signal.SIGKILL)
-        running.wait_for("exited", component="redis")
-        await_that(lambda: [line["event"] for line in running.lines if line.get("component") == "redis"][-1] == "ready")
-        assert run_json("ask", "after")["tier"] == "llm"
-        assert running.terminate() == 0
-
-
-def test_up_gives_up_on_settings_its_workers_refuse() -> None:
-    with up() as running:
-        running.terminate()
-    done = run("up", "--json", partitions=3)
-    assert done.returncode == 2
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert any("MILLPOND_PARTITIONS=1" in line.get("detail", "") for line in said)
-    assert said[-1] == {"event": "stopped", "component": "redis"}
-
-
-def test_up_gives_up_on_a_configured_server_that_never_answers(tmp_path: Path) -> None:
-    done = run("up", "--json", url=f"unix://{tmp_path}/nobody")
-    assert done.returncode == 3, done.stdout
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert any(line["event"] == "error" and "cannot reach Redis" in line["detail"] for line in said)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux only")
-def test_nothing_outlives_a_killed_supervisor() -> None:
-    with up() as running:
-        pids = [line["pid"] for line in running.lines if line["event"] == "ready"]
-        running.sigkill()
-        await_that(lambda: all(ended(pid) for pid in pids))
-
-
-def test_a_frozen_worker_is_killed_after_the_grace_period() -> None:
-    with up(drain_timeout=0) as running:
-        os.kill(running.wait_for("ready", component="llm-1")["pid"], signal.SIGSTOP)
-        running.send(signal.SIGTERM)
-        running.wait_for("stopped", component="lookup-1")
-        running.send(signal.SIGTERM)  # asked twice: at once
-        assert running.wait(5) == 0
-        assert running.wait_for("killed")["component"] == "llm-1"
-
-
-# worker
-
-
-def test_a_worker_says_it_is_ready_and_stops_when_asked(server: Server) -> None:
-    with start_worker("lookup", server.url) as worker:
-        assert worker.name.startswith("lookup-")
-        assert worker.terminate() == 0
-        assert worker.wait_for("stopped")["name"] == worker.name
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -259,17 +111,11 @@ def test_without_any_deployment_redis_is_unavailable(command: tuple[str, ...]) -
     assert "run `millpond up` in another terminal" in done.stderr
 
 
-def test_a_worker_that_waits_for_redis_still_stops_when_asked(tmp_path: Path) -> None:
-    with start_worker("llm", f"unix://{tmp_path}/nobody", ready=False) as worker:
-        await_that(lambda: b"SigCgt:\t0000000000000000" not in Path(f"/proc/{worker.pid}/status").read_bytes())
-        time.sleep(1)
-        assert worker.terminate() == 0
-
-
-async def test_a_worker_gives_up_on_redis_after_some_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_REACH_PAUSES", (0.01, 0.01))
-    with pytest.raises(Unavailable, match="millpond doctor"):
-        await commands._reach(f"unix://{tmp_path}/nobody", asyncio.Event())
+def test_settings_reach_the_commands(settings: Callable[..., Settings], server: Server) -> None:
+    assert settings().redis_url is not None
+    done = run("stats", "--json", url=server.url, concurrency="none")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["field"] == "concurrency"
 
 
 # ask, invalidate
@@ -418,65 +264,3 @@ def test_the_doctor_never_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "user:***@127.0.0.1" in done.stdout
     assert "key present" in done.stdout
     assert "MILLPOND_NONSENSE is no setting" in done.stdout
-
-
-# dead letters
-
-
-def bury(server: Server, fields: dict[str, str], stream: str) -> str:
-    names = PartitionKeys(0)
-    letter = {"reason": "delivered 5 times without an outcome", "stream": stream, "id": "1-1", "deliveries": "5"}
-    pairs = [part for pair in (letter | {f"m:{n}": v for n, v in fields.items()}).items() for part in pair]
-    with server.connect() as connection:
-        found: bytes = connection.execute_command("XADD", names.dead, "*", *pairs)
-        return found.decode()
-
-
-BODY = json.dumps({"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Try me again"}]})
-
-
-def test_dead_letters_are_listed_shown_and_retried_as_requests(deployment: str, server: Server) -> None:
-    request = {"id": "r1", "reply": "", "deadline": "1000", "body": BODY}
-    letter_id = bury(server, request, PartitionKeys(0).requests)
-    (listed,) = run_json("dead", "list", url=deployment)["letters"]
-    assert (listed["id"], listed["deliveries"], listed["retryable"]) == (letter_id, 5, True)
-    shown = run_json("dead", "show", letter_id, url=deployment)
-    assert shown["message"]["body"]["messages"][0]["content"] == "Try me again"
-    assert run_json("dead", "retry", letter_id, url=deployment) == {"retried": [letter_id], "left": []}
-    assert run_json("dead", "list", url=deployment) == {"letters": []}
-    run_json("dead", "show", letter_id, url=deployment, status=2)
-    with server.connect() as connection:
-        await_that(lambda: connection.execute_command("HGET", "mp:stats", "stored") == b"1")
-    assert run_json("ask", "Try me again", url=deployment)["tier"] in ("l1", "l2")
-
-
-def test_a_dead_fill_is_retried_as_a_request_with_its_directives(deployment: str, server: Server) -> None:
-    spec = json.dumps({"cache": {"tenant": "acme", "tags": ["doc:7"]}})
-    fill = {"key": "0" * 32, "token": "t", "epoch": "0-0", "body": BODY, "spec": spec}
-    bury(server, fill, PartitionKeys(0).fills)
-    hopeless = bury(server, {"nonsense": "no body"}, PartitionKeys(0).fills)
-    done = run_json("dead", "retry", "--all", url=deployment)
-    assert (len(done["retried"]), done["left"]) == (1, [hopeless])
-    assert "1 left alone, no request in them" in run("dead", "retry", "--all", url=deployment).stdout
-    with server.connect() as connection:
-        await_that(lambda: connection.execute_command("HGET", "mp:stats", "stored") == b"1")
-    mine = run_json("ask", "Try me again", "--tenant", "acme", url=deployment)
-    assert mine["tier"] in ("l1", "l2")
-    assert len(run_json("dead", "list", url=deployment)["letters"]) == 1
-
-
-def test_dead_letters_are_discarded_one_or_all(server: Server) -> None:
-    ids = [bury(server, {"nonsense": str(n)}, PartitionKeys(0).fills) for n in range(4)]
-    assert [letter["retryable"] for letter in run_json("dead", "list", url=server.url)["letters"]] == [False] * 4
-    assert run_json("dead", "discard", ids[1], url=server.url) == {"discarded": [ids[1]]}
-    run_json("dead", "discard", ids[1], url=server.url, status=2)
-    run_json("dead", "discard", url=server.url, status=2)
-    assert run("dead", "discard", "--all", "--partition", "0", url=server.url).stdout == "3 discarded\n"
-    assert run_json("dead", "list", url=server.url) == {"letters": []}
-
-
-def test_settings_reach_the_commands(settings: Callable[..., Settings], server: Server) -> None:
-    assert settings().redis_url is not None
-    done = run("stats", "--json", url=server.url, concurrency="none")
-    assert done.returncode == 2
-    assert json.loads(done.stdout)["error"]["field"] == "concurrency"

@@ -41,7 +41,7 @@ def published(pond: Pond) -> int:
 
 def aboard(pond: Pond) -> int:
     """Return how many requests are aboard flights."""
-    return sum(int(pond.redis.execute_command("LLEN", name)) for name in pond.redis.keys("{mp:*}:waiters:*"))
+    return sum(int(pond.redis.execute_command("LLEN", name)) for name in pond.found("{mp:*}:waiters:*"))
 
 
 def waiting(client: Client) -> int:
@@ -183,7 +183,7 @@ async def test_closing_tells_who_waits(pond: Pond) -> None:
     await client.close()
     with pytest.raises(Unavailable, match="closed"):
         await asked
-    assert not pond.redis.keys("mp:reply:*")
+    assert not pond.found("mp:reply:*")
 
 
 async def test_closing_twice_and_connecting_again(pond: Pond) -> None:
@@ -199,7 +199,7 @@ async def test_closing_twice_and_connecting_again(pond: Pond) -> None:
 async def test_connecting_many_times_at_once_connects_once(pond: Pond) -> None:
     client = pond.client()
     await asyncio.gather(*(client.connect() for _ in range(20)))
-    assert len(pond.redis.keys("mp:reply:*")) == 1
+    assert len(pond.found("mp:reply:*")) == 1
     await client.close()
 
 
@@ -272,7 +272,7 @@ async def test_a_provider_s_error_reaches_everyone_typed(pond: Pond, partitions:
         await pond.settled()
     assert {type(error) for error in found} == {ProviderError}
     assert {getattr(error, "status", None) for error in found} == {503}
-    assert not pond.redis.keys("{mp:*}:entry:*")
+    assert not pond.found("{mp:*}:entry:*")
 
 
 async def test_a_process_configured_for_other_partitions_is_refused(pond: Pond) -> None:

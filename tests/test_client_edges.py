@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.errors import DeadlineExceeded, InvalidRequest
+from producers.blocking import BlockingClient
+from shared.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from shared.scripts import SCRIPTS
 from tests import faults_support
-from tests.faults_support import Pond, answers, outcomes, until
+from tests.faults_support import Pond, answers, body_of, outcomes, until
 from tests.proxy import Proxy
 
 pond = faults_support.pond
@@ -22,6 +26,23 @@ FAST: dict[str, Any] = {"simulated_first_token": 0.0}
 def in_four(pond: Pond) -> Pond:
     """Return the deployment seen as one of four partitions."""
     return Pond(pond.url, pond.redis, pond.options | {"partitions": 4})
+
+
+def test_a_blocking_client_used_after_its_close_is_unavailable(tmp_path: Path) -> None:
+    client = BlockingClient(f"unix://{tmp_path}/none.sock")
+    client.close()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for use in (
+            lambda: client.ask(PROMPT),
+            lambda: client.ask_body(body_of(PROMPT)),
+            lambda: client.invalidate(everything=True),
+            client.__enter__,
+        ):
+            with pytest.raises(Unavailable, match="make a new one"):
+                use()
+        gc.collect()
+    assert [str(one.message) for one in warned] == []
 
 
 async def test_a_client_that_comes_first_leaves_the_partitions_to_the_workers(pond: Pond) -> None:

@@ -16,6 +16,7 @@ import redis
 from shared import embedded
 from shared.errors import ConfigError, Unavailable
 from shared.settings import Settings
+from tests.processes import UNUSABLE_DIRECTORIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +44,17 @@ def test_it_is_found_while_it_runs_and_not_after(own_server: embedded.EmbeddedRe
     assert embedded.find(own_server.data_dir) == own_server.url
     own_server.stop()
     assert embedded.find(own_server.data_dir) is None
+
+
+@pytest.mark.parametrize("unusable", UNUSABLE_DIRECTORIES)
+def test_an_unusable_data_directory_is_a_config_error(tmp_path: Path, unusable: str) -> None:
+    (tmp_path / "file").touch()
+    target = UNUSABLE_DIRECTORIES[unusable](tmp_path)
+    with pytest.raises(ConfigError, match="MILLPOND_DATA_DIR") as caught:
+        embedded.start(target)
+    assert caught.value.field == "data_dir"
+    assert str(target) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_it_is_private_and_listens_on_no_port(own_server: embedded.EmbeddedRedis) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -53,33 +54,13 @@ async def test_a_lookup_worker_killed_while_it_serves_a_hit_costs_nobody_an_answ
 async def test_a_lookup_worker_frozen_past_its_lease_writes_nothing_when_it_wakes(
     pond: Pond, partitions: int, point: str
 ) -> None:
-    raw, prompt = Raw(pond), PROMPTS[0]
-    async with pond.working("llm"), pond.process("lookup", fault=f"stop@{point}") as zombie:
-        raw.publish("r1", prompt)
-        await asyncio.to_thread(zombie.await_stopped)
-        async with pond.working("lookup"):
-            await raw.answered("r1")
-            await pond.settled()
-        before = pond.keyspace()
-        await _wake(pond, zombie, pond.names(prompt), prompt)
-        assert pond.keyspace() == before
-    assert len(raw.replies("r1")) == 1
+    await _frozen_past_its_lease(pond, point, pond.names(PROMPTS[0]))
     assert pond.calls() == 1
 
 
 async def test_a_lookup_worker_frozen_past_its_lease_does_not_begin_another_flight(pond: Pond) -> None:
     """A refresh is never answered from the cache: only ownership keeps the thawed worker from joining once more."""
-    raw, prompt = Raw(pond), PROMPTS[0]
-    async with pond.working("llm"), pond.process("lookup", fault="stop@lookup_before_reply") as zombie:
-        raw.publish("r1", prompt, cache=b'{"mode":"refresh"}')
-        await asyncio.to_thread(zombie.await_stopped)
-        async with pond.working("lookup"):
-            await raw.answered("r1")
-            await pond.settled()
-        before = pond.keyspace()
-        await _wake(pond, zombie, pond.names(prompt), prompt)
-        assert pond.keyspace() == before
-    assert len(raw.replies("r1")) == 1
+    await _frozen_past_its_lease(pond, "lookup_before_reply", pond.names(PROMPTS[0]), cache=b'{"mode":"refresh"}')
     assert pond.calls() == 1
 
 
@@ -100,26 +81,33 @@ async def test_a_frozen_lookup_worker_does_not_serve_its_hit_after_its_lease(
             await raw.answered("r1")
             await pond.settled()
         assert len(raw.replies("r1")) == replies
-        before = pond.keyspace()
-        await _wake(pond, zombie, pond.names(prompt), prompt)
-        assert pond.keyspace() == before
+        await _wakes_and_writes_nothing(pond, zombie, pond.names(prompt), prompt)
     assert pond.calls() == 1
 
 
 async def test_a_frozen_lookup_worker_does_not_hand_a_misrouted_request_over_twice(pond: Pond) -> None:
     pond = Pond(pond.url, pond.redis, pond.options | {"partitions": 4})
+    wrong = PartitionKeys((pond.names(PROMPTS[0]).partition + 1) % 4)
+    await _frozen_past_its_lease(pond, "lookup_after_read", wrong)
+
+
+async def _frozen_past_its_lease(pond: Pond, point: str, names: PartitionKeys, **fields: Any) -> None:
+    """Freeze a lookup worker at `point` on a miss, let another answer, thaw it: one reply, and it writes nothing."""
     raw, prompt = Raw(pond), PROMPTS[0]
-    wrong = PartitionKeys((pond.names(prompt).partition + 1) % 4)
-    async with pond.working("llm"), pond.process("lookup", fault="stop@lookup_after_read") as zombie:
-        raw.publish("r1", prompt, partition=wrong.partition)
+    async with pond.working("llm"), pond.process("lookup", fault=f"stop@{point}") as zombie:
+        raw.publish("r1", prompt, partition=names.partition, **fields)
         await asyncio.to_thread(zombie.await_stopped)
         async with pond.working("lookup"):
             await raw.answered("r1")
             await pond.settled()
-        before = pond.keyspace()
-        await _wake(pond, zombie, wrong, prompt)
-        assert pond.keyspace() == before
+        await _wakes_and_writes_nothing(pond, zombie, names, prompt)
     assert len(raw.replies("r1")) == 1
+
+
+async def _wakes_and_writes_nothing(pond: Pond, zombie: Process, names: PartitionKeys, prompt: str) -> None:
+    before = pond.keyspace()
+    await _wake(pond, zombie, names, prompt)
+    assert pond.keyspace() == before
 
 
 async def _wake(pond: Pond, zombie: Process, names: PartitionKeys, prompt: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +35,12 @@ async def in_every_stage(pond: Pond, ask: Callable[[str], asyncio.Task[Reply]]) 
 
 async def called_more_than(pond: Pond, times: int) -> None:
     await until(lambda: pond.calls() > times, "some are being computed")
+
+
+async def turned_away(times: int, *proxies: Proxy) -> None:
+    """Wait until whoever connects through each proxy has tried so many more times, and found no server behind it."""
+    enough = {proxy: proxy.refused + times for proxy in proxies}
+    await until(lambda: all(proxy.refused >= n for proxy, n in enough.items()), "each has tried again and again")
 
 
 @pytest.mark.parametrize("how", ["sigterm", "sigkill"])
@@ -79,12 +86,21 @@ async def test_workers_and_clients_wait_out_a_server_that_is_gone_for_a_while(
     own_pond: Pond, own_server: EmbeddedRedis
 ) -> None:
     pond = own_pond
-    async with pond.working("lookup", "llm"), pond.client() as client:
+    longest = max(pond.options["lookup_lease"], pond.options["llm_lease"])
+    async with (
+        Proxy.to(pond.url) as lookup,
+        Proxy.to(pond.url) as llm,
+        Proxy.to(pond.url) as asking,
+        pond.working("lookup", url=lookup.url),
+        pond.working("llm", url=llm.url),
+        pond.client(asking.url) as client,
+    ):
         await client.ask(PROMPT)
         own_server.kill()
+        gone = time.monotonic()
         asked = [asyncio.create_task(client.ask(f"{PROMPT} ({n})")) for n in range(10)]
-        # Longer than every lease, while everyone tries again and again.
-        await asyncio.sleep(1.5)
+        await turned_away(3, lookup, llm, asking)
+        await until(lambda: time.monotonic() - gone > longest, "every lease has run out")
         assert not any(one.done() for one in asked)
         own_server.restart()
         await answers(asked)
@@ -97,8 +113,13 @@ async def test_workers_started_before_their_server_begin_when_it_comes(
 ) -> None:
     pond = own_pond
     own_server.kill()
-    async with pond.process("lookup", ready=False) as lookup, pond.process("llm", ready=False) as llm:
-        await asyncio.sleep(1.0)  # they start, and find nobody
+    async with (
+        Proxy.to(pond.url) as before_lookup,
+        Proxy.to(pond.url) as before_llm,
+        pond.process("lookup", url=before_lookup.url, ready=False) as lookup,
+        pond.process("llm", url=before_llm.url, ready=False) as llm,
+    ):
+        await turned_away(3, before_lookup, before_llm)
         assert not any(line.get("event") == "ready" for line in lookup.lines + llm.lines)
         own_server.restart()
         async with pond.client() as client:
@@ -196,6 +217,6 @@ async def test_a_flushed_server_does_not_bring_back_what_a_computation_began_bef
         await until(lambda: pond.calls() == 1, "the call is in progress")
         pond.redis.flushall()
         await until(lambda: "nothing written" in worker.errors or "lost the lease" in worker.errors, "it learns of it")
-        assert not pond.redis.keys("*:entry:*")
-        assert not pond.redis.keys("*:outcome:*")
+        assert not pond.found("*:entry:*")
+        assert not pond.found("*:outcome:*")
     assert pond.calls() == 1

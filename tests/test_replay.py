@@ -24,6 +24,7 @@ from producers.replay.run import Run
 from producers.replay.workload import Request
 from shared.errors import InvalidRequest, ProviderTimeout
 from shared.prices import cost
+from tests.faults_support import until
 
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
 PRICED = ("gpt-4o-mini", 1000, 100)
@@ -79,8 +80,8 @@ def test_latency_counts_from_the_scheduled_arrival_not_from_the_sending() -> Non
 
 
 def test_an_early_timer_never_makes_an_answer_look_faster_than_it_was() -> None:
-    todo = Run(Desk(0.002), [Request({"input": "q"})] * 300, [n / 997 for n in range(300)])
-    recorder = uvloop.run(todo.complete())
+    replay = Run(Desk(0.002), [Request({"input": "q"})] * 300, [n / 997 for n in range(300)])
+    recorder = uvloop.run(replay.complete())
     assert min(recorder.latency) >= 0.001
     assert min(recorder.lag) >= 0.0
 
@@ -105,14 +106,15 @@ def test_a_requests_own_profile_and_tenant_win_over_the_runs() -> None:
 
 def test_an_interrupted_run_reports_what_was_done() -> None:
     async def interrupt() -> tuple[int, bool]:
-        todo = Run(Desk(0.01), [Request({"input": "q"})] * 1000, concurrency=1)
-        task = asyncio.create_task(todo.complete())
-        await asyncio.sleep(0.1)
+        desk = Desk(0.01)
+        replay = Run(desk, [Request({"input": "q"})] * 1000, concurrency=1)
+        task = asyncio.create_task(replay.complete())
+        await until(lambda: len(desk.asked) > 5, "five are answered")
         task.cancel()
-        return len(await task), todo.interrupted
+        return len(await task), replay.interrupted
 
     done, interrupted = asyncio.run(interrupt())
-    assert 0 < done < 1000
+    assert 5 <= done < 1000
     assert interrupted
 
 

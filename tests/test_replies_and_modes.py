@@ -222,7 +222,7 @@ async def test_a_misrouted_request_is_handed_over_and_coalesced(pond: Pond, part
         await pond.settled()
     assert pond.calls() == 1
     home = PartitionKeys(partition_of(pond.key(Q), partitions))
-    assert pond.redis.keys("{mp:*}:entry:*") == [home.entry(pond.key(Q)).encode()]
+    assert pond.found("{mp:*}:entry:*") == [home.entry(pond.key(Q)).encode()]
     assert len({orjson.dumps(reply["body"]) for reply in told}) == 1
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hypothesis
 import orjson
 import pytest
+import redis
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
@@ -25,10 +25,11 @@ from shared.scripts import SCRIPTS, Arg, Script
 from shared.settings import Settings, load
 from shared.tiers.l1 import L1
 from tests.conftest import SEED, Server
+from tests.tiers_model import Flight, Model, Stored
 from workers.consumer import server_ms
+from workers.crew import Crew
 from workers.llm import LLMConsumer
 from workers.lookup import LookupConsumer
-from workers.runtime import Crew
 
 T = TypeVar("T")
 CLIENT = "model"
@@ -62,82 +63,6 @@ class Numbered:
 
     async def close(self) -> None:
         """Nothing to give up."""
-
-
-@dataclass
-class Flight:
-    """The model's flight: which call computes it, what it began after, who waits."""
-
-    number: int
-    tenant: str
-    key: str
-    began: int
-    tags: set[str]
-    store: bool
-    ttl_ms: int
-    waiters: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Stored:
-    """The model's entry."""
-
-    number: int
-    key: str
-    began: int
-    tags: set[str]
-    created_ms: int
-    expires_ms: int
-
-
-class Model:
-    """What should be: the newest mark of each tag, the stored answers, the flights one may join."""
-
-    def __init__(self) -> None:
-        self.clock = 0
-        self.marks: dict[str, int] = {}
-        self.stored: dict[str, Stored] = {}
-        self.flights: dict[str, Flight] = {}
-
-    def invalidate(self, tags: set[str]) -> None:
-        """Mark."""
-        self.clock += 1
-        self.marks |= dict.fromkeys(tags, self.clock)
-
-    def valid(self, began: int, key: str, tags: set[str]) -> bool:
-        """Whether nothing of this was invalidated since."""
-        return all(self.marks.get(tag, -1) <= began for tag in tags | {"all", f"key:{key}"})
-
-    def hit(self, q: Question) -> Stored | None:
-        """Return the entry that must answer, its age and expiry aside."""
-        entry = self.stored.get(q.tenant) if q.reads else None
-        return entry if entry and self.valid(entry.began, q.key, entry.tags | set(q.tags)) else None
-
-    def aboard(self, q: Question, waiter: str, number: int) -> Flight:
-        """Join the flight that is fit, or begin one that call `number` will compute."""
-        flight = self.flights.get(q.tenant) if q.mode != "bypass" else None
-        if flight is None or not self.valid(flight.began, q.key, flight.tags | set(q.tags)):
-            flight = Flight(number, q.tenant, q.key, self.clock, set(q.tags), q.stores, q.ttl_ms)
-            if q.mode != "bypass":
-                self.flights[q.tenant] = flight
-        flight.tags |= set(q.tags)
-        flight.store |= q.stores
-        flight.ttl_ms = min(flight.ttl_ms, q.ttl_ms)
-        flight.waiters.append(waiter)
-        return flight
-
-    def land(self, flight: Flight, ending: str) -> str:
-        """End a flight; return what its waiters are told about storing."""
-        current = self.flights.get(flight.tenant) is flight
-        if current:
-            del self.flights[flight.tenant]
-        if ending == "failed":
-            return ending
-        if not current:
-            return "overtaken"
-        if ending or not flight.store:
-            return ending or "no-store"
-        return "stored" if self.valid(flight.began, flight.key, flight.tags) else "invalidated"
 
 
 class Tiers(RuleBasedStateMachine):
@@ -344,9 +269,9 @@ class Tiers(RuleBasedStateMachine):
     async def _look_at_leftovers(self) -> None:
         for consumer in self.lookups:
             await consumer.drain()
-        names = await self.link.call(("KEYS", "{mp:0}:*"))
-        left = [name.decode().split(":")[2] for name in names]
-        assert set(left) <= {"requests", "fills", "refreshes", "invalidations", "tags", "entry"}
+        with redis.Redis.from_url(self.url) as connection:
+            left = {name.decode().split(":")[2] for name in connection.scan_iter("{mp:0}:*")}
+        assert left <= {"requests", "fills", "refreshes", "invalidations", "tags", "entry"}
         assert await self.link.send([("XLEN", self.k.fills), ("XLEN", self.k.requests)]) == [0, 0]
 
     async def _close(self) -> None:

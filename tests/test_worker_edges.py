@@ -42,7 +42,7 @@ def left_by_the_dead(pond: Pond, stream: str, group: str, *, deliveries: int = 1
 
 def aboard(pond: Pond) -> int:
     """Return how many requests are aboard flights."""
-    return sum(int(pond.redis.llen(name)) for name in pond.redis.keys("{mp:*}:waiters:*"))
+    return sum(int(pond.redis.llen(name)) for name in pond.found("{mp:*}:waiters:*"))
 
 
 # one question with very many tags
@@ -329,7 +329,7 @@ async def test_a_worker_whose_deployment_was_born_anew_otherwise_ends_and_says_s
         rebirth.execute()
     with pytest.raises(ConfigError, match="MILLPOND_PARTITIONS=4"):
         await asyncio.wait_for(working, 10)
-    assert pond.redis.keys("mp:worker:*") == []
+    assert pond.found("mp:worker:*") == []
 
 
 async def test_a_worker_that_no_longer_belongs_hands_back_what_it_has_in_hand(pond: Pond) -> None:

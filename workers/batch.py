@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from shared.counters import Counters
 from shared.entry import Entry
 from shared.errors import InvalidRequest
 from shared.link import Command
@@ -35,8 +36,8 @@ class Batch:
     not_after_ms: int
     outbox: Outbox
     answered: list[bytes] = field(default_factory=list)
-    #: hits of L1, by client and entry: each pair is told in one payload
-    hits: dict[tuple[str, str], tuple[Entry, list[bytes]]] = field(default_factory=dict)
+    #: the requests that an entry answers, by client, tier and key: told in one payload
+    hits: dict[tuple[str, str, str], tuple[Entry, list[bytes]]] = field(default_factory=dict)
     #: requests of other partitions: the commands that hand them over, and the messages to retire once they did
     moves: list[Command] = field(default_factory=list)
     moved: list[bytes] = field(default_factory=list)
@@ -44,28 +45,28 @@ class Batch:
     chores: list[Command] = field(default_factory=list)
     missing: dict[tuple[Question, bytes], list[Ask]] = field(default_factory=dict)
 
-    def hit(self, ask: Ask, entry: Entry) -> None:
-        """Answer one request from L1, together with all others of its client for the same entry."""
-        found = self.hits.get((ask.client, entry.key))
+    def hit(self, ask: Ask, entry: Entry, tier: str) -> None:
+        """Answer one request from `tier`, together with all others of its client for the same entry."""
+        found = self.hits.get((ask.client, tier, entry.key))
         if found is None:
-            self.hits[ask.client, entry.key] = entry, [ask.request_id]
+            self.hits[ask.client, tier, entry.key] = entry, [ask.request_id]
         else:
             found[1].append(ask.request_id)
         self.answered.append(ask.message_id)
-
-    def tell_hits(self) -> int:
-        """Move the hits of L1 into the outbox; return how many there were."""
-        count = 0
-        for (client, _), (entry, request_ids) in self.hits.items():
-            count += len(request_ids)
-            self.outbox.add(client, b" ".join(request_ids), entry.reply("l1", self.now_ms))
-        self.hits.clear()
-        return count
 
     def answer(self, ask: Ask, payload: bytes) -> None:
         """Reply to one request and let its message be retired."""
         self.outbox.add(ask.client, ask.request_id, payload)
         self.answered.append(ask.message_id)
+
+    def take(self, counters: Counters) -> tuple[list[Command], list[bytes]]:
+        """Return the replies so far, and the messages they answer; count the hits."""
+        for (client, tier, _), (entry, request_ids) in self.hits.items():
+            counters.add(f"hit.{tier}", len(request_ids))
+            self.outbox.add(client, b" ".join(request_ids), entry.reply(tier, self.now_ms))
+        answered, self.answered = self.answered, []
+        self.hits.clear()
+        return self.outbox.take(self.not_after_ms), answered
 
 
 @lru_cache(4096)

@@ -18,11 +18,10 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from shared.counters import Counters
 from shared.keys import PartitionKeys
 from shared.link import LINK_ERRORS, Command, Link
 from shared.scripts import SCRIPTS
-from shared.settings import Settings
+from workers.crew import Crew
 
 log = logging.getLogger("millpond.worker")
 
@@ -75,18 +74,17 @@ class Consumer(ABC):
 
     group: str
 
-    def __init__(self, settings: Settings, url: str, keys: PartitionKeys, name: str, counters: Counters) -> None:
-        self.settings = settings
+    def __init__(self, crew: Crew, keys: PartitionKeys) -> None:
+        self.crew = crew
         self.keys = keys
-        self.name = name
-        self.counters = counters
-        self.link = Link(url, name=f"millpond-{self.group}")
+        self.settings = crew.settings
+        self.name = crew.name
+        self.counters = crew.counters
+        self.link = Link(crew.url, name=f"millpond-{self.group}")
         #: only for reads that block: nothing else may wait behind them
-        self.reading = Link(url, name=f"millpond-{self.group}-read")
+        self.reading = Link(crew.url, name=f"millpond-{self.group}-read")
         self.ready = asyncio.Event()
         self.stopping = False
-        #: held while one message is handled that may have killed its workers: one at a time in the whole process
-        self.quarantine = asyncio.Lock()
         self._blocked = False
         self._reading_id = 0
         self._cursors: dict[str, bytes] = {}
@@ -291,7 +289,7 @@ class Consumer(ABC):
                 fresh.append(message_id)
         if fresh:
             await self._redeliver(stream, fresh, counted=True)
-        while suspects and not self.quarantine.locked():
+        while suspects and not self.crew.quarantine.locked():
             await self._deliver_alone(stream, suspects.pop(0))
         if suspects:
             lease_ms = int(self.lease * 1000)
@@ -302,8 +300,8 @@ class Consumer(ABC):
     async def _deliver_alone(self, stream: str, message_id: bytes) -> None:
         # It may be what killed its workers: alone among its like, it cannot drive others towards their burial.
         # What has survived for a while is not what kills at once: it no longer holds up the others.
-        await self.quarantine.acquire()
-        release = _Once(self.quarantine.release)
+        await self.crew.quarantine.acquire()
+        release = _Once(self.crew.quarantine.release)
         asyncio.get_running_loop().call_later(_SURVIVED, release)
         try:
             await self._redeliver(stream, [message_id], counted=True)

@@ -30,9 +30,10 @@ from shared.providers.retry import with_retries
 from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings
 from workers.consumer import Consumer, Message, messages_of, server_ms
+from workers.crew import Crew
 from workers.flight import Fill, LeaseLost, Outcome
 from workers.outbox import Outbox, error_payload
-from workers.runtime import Crew, run_crew
+from workers.runtime import run_crew
 
 log = logging.getLogger("millpond.worker")
 
@@ -49,8 +50,7 @@ class LLMConsumer(Consumer):
     def __init__(
         self, crew: Crew, partition_keys: PartitionKeys, *, provider: Provider, limits: RateLimits, slots: int
     ) -> None:
-        super().__init__(crew.settings, crew.url, partition_keys, crew.name, crew.counters)
-        self.quarantine = crew.quarantine
+        super().__init__(crew, partition_keys)
         self.provider = provider
         self.limits = limits
         self.slots = slots
@@ -249,7 +249,6 @@ class LLMConsumer(Consumer):
         body: dict[str, Any] = {"model": fill.model, **orjson.loads(fill.body)}
 
         async def attempt(timeout: float) -> Completion:
-            self.counters.add("provider_calls")
             return await self.provider.complete(Call(fill.endpoint, body, timeout))
 
         async def admit() -> None:
@@ -264,6 +263,7 @@ class LLMConsumer(Consumer):
             self.settings,
             provider=self.provider.name,
             admit=admit if self.limits.active else None,
+            on_attempt=lambda _: self.counters.add("provider_calls"),
             on_error=lambda _: self.counters.add("provider_errors"),
         )
 
@@ -306,7 +306,7 @@ class LLMConsumer(Consumer):
         """Reply to everyone aboard. Settling renewed the lease; past a part of it the server refuses the replies."""
         outbox = Outbox(self.settings.reply_limit)
         outbox.add_waiters(outcome.waiters, outcome.first, outcome.rest)
-        sent = await self._persist(outbox.commands(outcome.now_ms + int(self.lease * 800)))
+        sent = await self._persist(outbox.take(outcome.now_ms + int(self.lease * 800)))
         if -1 in sent:
             raise LeaseLost
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -26,10 +25,12 @@ from shared.messages import MAX_DEADLINE, Question, Rules, label, understand
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from shared.tiers.l1 import L1
+from workers.answered import Answered
 from workers.batch import Ask, Batch, read_ask
 from workers.consumer import Consumer, Message, messages_of, server_ms
+from workers.crew import Crew
 from workers.outbox import Outbox, error_payload, waiter
-from workers.runtime import Crew, run_crew
+from workers.runtime import run_crew
 
 log = logging.getLogger("millpond.worker")
 
@@ -48,22 +49,16 @@ class LookupConsumer(Consumer):
     group = keys.LOOKUP_GROUP
 
     def __init__(self, crew: Crew, partition_keys: PartitionKeys) -> None:
+        super().__init__(crew, partition_keys)
         settings = crew.settings
-        super().__init__(settings, crew.url, partition_keys, crew.name, crew.counters)
-        self.quarantine = crew.quarantine
-        self.partitions = crew.partitions
         self.l1 = L1(entries=-(-settings.l1_entries // crew.partitions), size=settings.l1_bytes // crew.partitions)
         rules = Rules.of(settings)
         #: understanding is a pure function of a request's bytes, and the same questions come again
         self._remembered = lru_cache(_REMEMBERED // crew.partitions)(partial(understand, rules=rules))
         self._rules = rules
         self._log_at = b""
-        #: replies to go out with the next read, and the messages they answer; once they are known to be sent, these
-        #: are to be retired
-        self._replies: list[Command] = []
-        self._answered: list[bytes] = []
-        self._retiring: list[bytes] = []
-        self._retire_at = 0.0
+        patience = self.tick / 4
+        self._answered = Answered(self.keys.requests, self.group, self.name, most=_BATCH, patience=patience)
         self._flights = 0
 
     @property
@@ -78,7 +73,7 @@ class LookupConsumer(Consumer):
 
     def in_hand(self, stream: str, message_id: bytes) -> bool:
         """Answered already, and about to be retired."""
-        return message_id in self._retiring or message_id in self._answered
+        return message_id in self._answered
 
     async def prepare(self) -> None:
         """Create the group; begin to follow the invalidation log at its end, with nothing in L1."""
@@ -97,9 +92,7 @@ class LookupConsumer(Consumer):
         """What was cached belonged to the state that vanished."""
         self.l1.clear()
         self._log_at = b""
-        self._replies.clear()
         self._answered.clear()
-        self._retiring.clear()
 
     # one turn
 
@@ -121,9 +114,8 @@ class LookupConsumer(Consumer):
 
     async def turn(self) -> None:
         """Reply to the last batch, read the next and the new invalidations, all in one write; judge it."""
-        replies, answered = self._take_replies()
-        retiring = self._retire_commands()
-        count = len(self._retiring) if retiring else 0
+        replies, messages = self._answered.take()
+        retiring, count = self._answered.due()
         reading = (
             self.read_command(self.keys.requests, _BATCH, block=self.tick),
             self._log_command(),
@@ -132,55 +124,22 @@ class LookupConsumer(Consumer):
         try:
             results = await self.read([*replies, *retiring, *reading])
         except LINK_ERRORS:
-            # Stopped or cut while it blocked: whether these went out is not known, and told twice is told once.
-            self._replies, self._answered = replies + self._replies, answered + self._answered
+            self._answered.put_back(replies, messages)
             raise
-        self._confirm(answered, results[: len(replies)])
+        self._answered.confirm(messages, results[: len(replies)])
         read, log, now = self.checked(results[len(replies) :])[-3:]
-        del self._retiring[:count]
+        self._answered.retired(count)
         self._follow(log)
         if read:
             await self._handle(messages_of(read[0][1]), server_ms(now))
 
-    def _take_replies(self) -> tuple[list[Command], list[bytes]]:
-        taken = self._replies, self._answered
-        self._replies, self._answered = [], []
-        return taken
-
-    async def _reply(self) -> None:
-        """Send the replies now, because no read follows."""
-        replies, answered = self._take_replies()
-        self._confirm(answered, await self.link.post(replies))
-
-    def _confirm(self, answered: list[bytes], results: list[Any]) -> None:
-        """Let messages be retired whose replies are known to have been sent (or to have nobody to go to)."""
-        if results:
-            fault_point("lookup_after_reply")
-        bad = [result for result in results if isinstance(result, Exception) or result < 0]
-        if bad:
-            # Paused past the lease, or refused by the server: whoever holds the messages next answers them.
-            log.warning("%s: replies were not sent (%s)", self.name, bad[0])
-        else:
-            self._retiring += answered
-
-    def _retire_commands(self, *, now: bool = False) -> list[Command]:
-        """Return what retires the answered messages: at once, or when they are a batch or a while has passed."""
-        if not self._retiring:
-            return []
-        due = time.monotonic()
-        if not now and len(self._retiring) < _BATCH and due < self._retire_at:
-            return []
-        self._retire_at = due + self.tick / 4
-        ids = sorted(self._retiring, key=_id_order)
-        return [SCRIPTS["retire"].call([self.keys.requests], [self.group, self.name, *ids])]
-
     async def drain(self) -> None:
-        """Tell and retire what was answered."""
-        await self._reply()
-        retiring = self._retire_commands(now=True)
-        count = len(self._retiring)
+        """Tell and retire what was answered, because no read follows."""
+        replies, messages = self._answered.take()
+        self._answered.confirm(messages, await self.link.post(replies))
+        retiring, count = self._answered.due(now=True)
         await self.link.send(retiring)
-        del self._retiring[:count]
+        self._answered.retired(count)
 
     async def handle_reclaimed(self, stream: str, messages: list[Message], since_ms: int) -> None:
         """As new ones, after catching up with the log."""
@@ -196,7 +155,7 @@ class LookupConsumer(Consumer):
         error = Poisoned("this request repeatedly ended the workers that handled it; it lies in the dead letters")
         client = message.fields.get(b"reply", b"").decode(errors="replace")
         outbox.add(client, message.fields.get(b"id", b""), error_payload(error))
-        await self.link.send(outbox.commands(since_ms + int(self.lease * 800)))
+        await self.link.send(outbox.take(since_ms + int(self.lease * 800)))
 
     async def _handle(self, messages: list[Message], now_ms: int) -> None:
         # The lease ran from some moment before the server said `now_ms`: a part of it is left as margin.
@@ -209,13 +168,12 @@ class LookupConsumer(Consumer):
             except Exception:
                 # It stays pending, is delivered again, and at last buried; the others of its batch are not held up.
                 log.exception("%s: cannot read %s", self.name, message.id.decode())
-        self.counters.add("hit.l1", batch.tell_hits())
         fault_point("lookup_before_reply")
         if batch.missing:
             await self._look_in_l2(batch)
         if batch.missing or batch.chores:
             await self._join(batch)
-        self._pack(batch)
+        self._answered.add(*batch.take(self.counters))
         if batch.moves:
             await self._move(batch)
         if batch.chores:
@@ -226,17 +184,11 @@ class LookupConsumer(Consumer):
 
         On the reading connection: nothing blocks it while a batch is in hand.
         """
-        self._pack(batch)
-        replies, answered = self._take_replies()
+        self._answered.add(*batch.take(self.counters))
+        replies, messages = self._answered.take()
         results = await self.reading.post([*replies, *extra])
-        self._confirm(answered, results[: len(replies)])
+        self._answered.confirm(messages, results[: len(replies)])
         return self.checked(results[len(replies) :])
-
-    def _pack(self, batch: Batch) -> None:
-        """Make the replies so far ready to go out."""
-        self._replies += batch.outbox.commands(batch.not_after_ms)
-        self._answered += batch.answered
-        batch.answered, batch.outbox = [], Outbox(self.settings.reply_limit)
 
     # reading a message
 
@@ -253,7 +205,7 @@ class LookupConsumer(Consumer):
             self._refuse(batch, message, error)
             return
         question = ask.question
-        if partition_of(question.key, self.partitions) != self.keys.partition:
+        if partition_of(question.key, self.crew.partitions) != self.keys.partition:
             self._hand_over(batch, message, question.key)
         elif ask.deadline_ms <= batch.now_ms:
             self.counters.add("expired")
@@ -265,7 +217,7 @@ class LookupConsumer(Consumer):
             # Tags the entry does not carry were not watched for it: the server's markers must be asked.
             tagged = not question.own_tags or (entry and set(question.own_tags) <= set(entry.tags))
             if entry and tagged and _fits(entry, question, batch.now_ms):
-                batch.hit(ask, entry)
+                batch.hit(ask, entry, "l1")
             else:
                 alone = ask.request_id if question.mode == "bypass" else b""
                 batch.missing.setdefault((question, alone), []).append(ask)
@@ -286,7 +238,7 @@ class LookupConsumer(Consumer):
 
     def _hand_over(self, batch: Batch, message: Message, key: str) -> None:
         """Move a request to the partition its key belongs to: epochs mean nothing outside one partition's log."""
-        target = PartitionKeys(partition_of(key, self.partitions)).requests
+        target = PartitionKeys(partition_of(key, self.crew.partitions)).requests
         self.counters.add("handed_over")
         fields = [part for name in _FIELDS if name in message.fields for part in (name, message.fields[name])]
         batch.moves.append(SCRIPTS["forward"].call([target], [batch.not_after_ms, *fields]))
@@ -294,7 +246,7 @@ class LookupConsumer(Consumer):
 
     async def _move(self, batch: Batch) -> None:
         results = await self.link.post(batch.moves)
-        self._retiring += [moved for moved, result in zip(batch.moved, results, strict=True) if result == 1]
+        self._answered.ready([moved for moved, result in zip(batch.moved, results, strict=True) if result == 1])
 
     # the tiers below
 
@@ -316,7 +268,7 @@ class LookupConsumer(Consumer):
                 self.l1.put(entry, clock=clock)
                 if _fits(entry, question, batch.now_ms):
                     self._serve(batch, asks, entry)
-                    batch.missing.pop((question, b""))
+                    del batch.missing[question, b""]
 
     def _open(self, batch: Batch, key: str, text: bytes) -> Entry | None:
         try:
@@ -327,9 +279,8 @@ class LookupConsumer(Consumer):
             return None
 
     def _serve(self, batch: Batch, asks: list[Ask], entry: Entry) -> None:
-        self.counters.add("hit.l2", len(asks))
         for ask in asks:
-            batch.answer(ask, entry.reply("l2", batch.now_ms))
+            batch.hit(ask, entry, "l2")
 
     async def _join(self, batch: Batch) -> None:
         """Put what no tier holds aboard a flight; the script acknowledges it."""
@@ -392,11 +343,6 @@ class LookupConsumer(Consumer):
 
 def _fits(entry: Entry, question: Question, now_ms: int) -> bool:
     return question.max_age_ms is None or entry.created_ms >= now_ms - question.max_age_ms
-
-
-def _id_order(message_id: bytes) -> tuple[int, int]:
-    ms, seq = message_id.split(b"-")
-    return int(ms), int(seq)
 
 
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:

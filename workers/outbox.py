@@ -41,11 +41,12 @@ class Outbox:
         for (to, late), ids in groups.items():
             self._replies[to] += (b" ".join(ids), rest if late else first)
 
-    def commands(self, not_after_ms: int) -> list[Command]:
-        """Return the commands that send everything, unless the server's clock is past `not_after_ms`."""
+    def take(self, not_after_ms: int) -> list[Command]:
+        """Return the commands that send everything, unless the server's clock is past `not_after_ms`; empty it."""
+        replies, self._replies = self._replies, defaultdict(list)
         return [
             SCRIPTS["reply"].call([keys.reply(client)], [not_after_ms, self._limit, *pairs[at : at + 2 * _PAIRS]])
-            for client, pairs in self._replies.items()
+            for client, pairs in replies.items()
             for at in range(0, len(pairs), 2 * _PAIRS)
         ]
 

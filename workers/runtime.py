@@ -13,7 +13,6 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import orjson
 from redis.exceptions import ResponseError
@@ -27,28 +26,12 @@ from shared.keys import PartitionKeys
 from shared.link import LINK_ERRORS, Link
 from shared.settings import Settings
 from workers.consumer import Consumer
+from workers.crew import Crew
 
 log = logging.getLogger("millpond.worker")
 
 _BEAT = 1.0
 _BEAT_TTL_MS = 5000
-
-
-@dataclass(slots=True)
-class Crew:
-    """The consumers of one worker process and what they share."""
-
-    kind: str
-    settings: Settings
-    url: str
-    partitions: int
-    #: a fresh name per process life: nobody inherits a dead namesake's pending entries
-    name: str
-    counters: Counters = field(default_factory=Counters)
-    #: see `Consumer.quarantine`
-    quarantine: asyncio.Lock = field(default_factory=asyncio.Lock)
-    #: why this process no longer belongs to the deployment
-    disowned: ConfigError | None = None
 
 
 async def run_crew(

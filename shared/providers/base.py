@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import orjson
 
-from shared.answers import objects, usage_of
+from shared.answers import usage_of
 
 Endpoint = Literal["chat/completions", "responses", "embeddings"]
 ENDPOINTS: tuple[str, ...] = get_args(Endpoint)
@@ -39,17 +39,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A provider's answer: `body` is its own JSON, byte for byte; the rest is read from it."""
+    """A provider's answer: `body` is its own JSON, byte for byte; the tokens are read from it."""
 
     body: bytes
-    model: str
     prompt_tokens: int
     completion_tokens: int
-    finish_reasons: tuple[str, ...]
 
     @classmethod
-    def read(cls, body: bytes, model: str = "") -> Completion:
-        """Read a completion from its JSON; `model` is the one asked, for bodies that name none.
+    def read(cls, body: bytes) -> Completion:
+        """Read a completion from its JSON.
 
         Raises:
             ValueError: `body` is not a JSON object.
@@ -58,23 +56,11 @@ class Completion:
         if not isinstance(answer, dict):
             raise ValueError("the answer is not a JSON object")
         prompt_tokens, completion_tokens = usage_of(answer)
-        named = answer.get("model")
         return cls(
             body=body,
-            model=named if isinstance(named, str) and named else model,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
-            finish_reasons=finish_reasons(answer),
         )
-
-
-def finish_reasons(answer: dict[str, Any]) -> tuple[str, ...]:
-    """Return why the provider stopped: per choice of a chat completion; the status of a response; else none."""
-    reasons = [choice.get("finish_reason") for choice in objects(answer.get("choices"))]
-    if not reasons and "output" in answer:
-        details = answer.get("incomplete_details")
-        reasons = [details.get("reason") if isinstance(details, dict) else answer.get("status")]
-    return tuple(reason for reason in reasons if isinstance(reason, str))
 
 
 class Provider(Protocol):

@@ -98,7 +98,7 @@ class OpenAIProvider:
 
     def _read(self, body: bytes, call: Call) -> Completion:
         try:
-            completion = Completion.read(body, str(call.body.get("model", "")))
+            completion = Completion.read(body)
         except ValueError as error:
             raise ProviderError(
                 f"{NAME} answered 200, but not with a JSON object ({error}); check that MILLPOND_OPENAI_BASE_URL "
