@@ -76,7 +76,7 @@ def test_up_on_an_unusable_data_directory_says_which_setting_is_wrong(tmp_path: 
     assert done.returncode == 2
     assert "MILLPOND_DATA_DIR" in done.stderr
     error = json.loads(run("up", "--json", data_dir=target).stdout)["error"]
-    assert (error["code"], error["field"]) == ("config_error", "data_dir")
+    assert (error["code"], error["field"]) == ("config", "data_dir")
 
 
 def test_a_killed_worker_and_a_killed_server_are_started_again() -> None:
