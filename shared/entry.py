@@ -2,16 +2,23 @@ r"""The envelope of a stored answer.
 
 An entry is bytes, so that scripts and workers read only what they need:
 
-    mp1 EPOCH CREATED_MS EXPIRES_MS TAGS\n
+    mp2 EPOCH CREATED TTL STALE ERROR TAGS\n
     tag\n            (TAGS lines)
-    meta JSON\n      {"model": …, "enc": "raw" | "zstd1", "compute_ms": …}
+    meta JSON\n      {"model", "enc": "raw" | "zstd1", "compute_ms", "provider", "tokens": [prompt, completion], "cost"}
     body             the provider's own JSON, compressed as `enc` says
+
+CREATED is in milliseconds of the server's clock; the three spans that follow each other, in milliseconds too: TTL, for
+which the answer is fresh; STALE, for which it is then served while it is refreshed; ERROR, for which it then serves
+only where no fresh one can be had. `provider` and `cost` (dollars) are null where they are not known.
+
+A value that is no JSON carries `"value"` in its meta: `{"kind": "bytes"}`, or `{"kind": "array", "dtype", "shape"}`;
+its body is those bytes (of the array in C order).
 
 `zstd1` is zstandard with the raw-content dictionary `dictionary_1.txt`: the shapes of the providers' JSON and phrases
 that answers are made of, about a quarter of a short answer. A dictionary in use is never changed; a better one is
 `zstd2`, in a file of its own.
 
-`mp1` is the version; whatever does not read as an entry of this version is a miss, never an exception.
+`mp2` is the version; whatever does not read as an entry of this version is a miss, never an exception.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from typing import Any
 import orjson
 import zstandard
 
-MAGIC = b"mp1 "
+MAGIC = b"mp2 "
 MAX_BODY = 64 << 20
 _LEVEL = 6  # with the dictionary, higher ones save less than a hundredth
 _dictionary = zstandard.ZstdCompressionDict(
@@ -40,48 +47,100 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored answer, decompressed. Times in milliseconds of the server's clock."""
+    """A stored answer, decompressed. Times in milliseconds of the server's clock.
+
+    Fresh until `fresh_ms`, served (stale) until `expires_ms`, kept for want of a better one until `gone_ms`.
+    """
 
     key: str
     epoch: str
     created_ms: int
+    fresh_ms: int
     expires_ms: int
+    gone_ms: int
     tags: tuple[str, ...]
-    #: the constant end of a reply's JSON object: `"key":…,"model":…,"body":…}`
+    #: the constant end of a reply's JSON object: `"key":…,"model":…,"provider":…,"epoch":…,"body":…}`
     tail: bytes
+    #: a value that is no JSON; it follows the reply's JSON
+    blob: bytes = b""
+    compute_ms: int = 0
+    tokens: tuple[int, int] = (0, 0)
+    cost: float | None = None
 
     @property
     def size(self) -> int:
         """Bytes this entry weighs in a bounded store."""
-        return len(self.tail) + 64 * len(self.tags) + 400
+        return len(self.tail) + len(self.blob) + 64 * len(self.tags) + 400
 
-    def reply(self, tier: str, now_ms: int, *, collapsed: bool = False) -> bytes:
+    def reply(self, tier: str, now_ms: int, *, collapsed: bool = False, degraded: bool = False) -> bytes:
         """Return the reply payload that serves this entry from `tier` at `now_ms`."""
-        return payload(tier, collapsed, "stored", self.created_ms, self.expires_ms, now_ms, self.tail)
+        text = payload(tier, collapsed, "stored", self.created_ms, self.fresh_ms, now_ms, self.tail, degraded=degraded)
+        return framed(text, self.blob)
 
 
 def payload(
-    tier: str, collapsed: bool, stored: str, created_ms: int, expires_ms: int, now_ms: int, tail: bytes
+    tier: str,
+    collapsed: bool,
+    stored: str,
+    created_ms: int,
+    fresh_ms: int,
+    now_ms: int,
+    tail: bytes,
+    *,
+    degraded: bool = False,
 ) -> bytes:
     """Return one reply payload; age and ttl in seconds, `stored` says `stored` or why not."""
-    age, ttl = max(0, now_ms - created_ms), max(0, expires_ms - now_ms) if stored == "stored" else 0
+    age, ttl = max(0, now_ms - created_ms), max(0, fresh_ms - now_ms) if stored == "stored" else 0
+    marks = b'"stale":true,' if stored == "stored" and not ttl else b""
+    if degraded:
+        marks += b'"degraded":true,'
     return (
-        b'{"tier":"%b","collapsed":%b,"stored":"%b","age":%d.%03d,"ttl":%d.%03d,'
-        % (tier.encode(), b"true" if collapsed else b"false", stored.encode(), *divmod(age, 1000), *divmod(ttl, 1000))
+        b'{"tier":"%b","collapsed":%b,"stored":"%b","age":%d.%03d,"ttl":%d.%03d,%b'
+        % (
+            tier.encode(),
+            b"true" if collapsed else b"false",
+            stored.encode(),
+            *divmod(age, 1000),
+            *divmod(ttl, 1000),
+            marks,
+        )
     ) + tail
 
 
-def tail_of(key: str, model: str, body: bytes) -> bytes:
+def framed(text: bytes, blob: bytes) -> bytes:
+    """Return a reply's JSON, followed by the bytes of a value that is none: `#LENGTH`, a line end, JSON, bytes."""
+    return b"#%d\n%b%b" % (len(text), text, blob) if blob else text
+
+
+def tail_of(key: str, model: str, body: bytes, *, provider: str | None = None, epoch: str = "0-0") -> bytes:
     """Return the constant end of every reply that serves `body`."""
-    return b'"key":"%b","model":%b,"body":%b}' % (key.encode(), orjson.dumps(model), body)
+    return b'"key":"%b","model":%b,"provider":%b,"epoch":"%b","body":%b}' % (
+        key.encode(),
+        orjson.dumps(model),
+        orjson.dumps(provider),
+        epoch.encode(),
+        body,
+    )
 
 
-def pack(body: bytes, *, model: str, compute_ms: int, compress_above: int) -> tuple[bytes, bytes]:
+def pack(
+    body: bytes,
+    *,
+    model: str,
+    compute_ms: int,
+    compress_above: int,
+    provider: str | None = None,
+    tokens: tuple[int, int] = (0, 0),
+    cost: float | None = None,
+    value: dict[str, Any] | None = None,
+) -> tuple[bytes, bytes]:
     """Return (meta JSON, stored body) as `land` takes them."""
     packed, encoding = body, "raw"
-    if len(body) > compress_above:
+    if len(body) > compress_above and (value is None or value["kind"] != "array"):  # vectors do not compress
         packed, encoding = _compressor.compress(body), "zstd1"
-    return orjson.dumps({"model": model, "enc": encoding, "compute_ms": compute_ms}), packed
+    about: dict[str, Any] = {"model": model, "enc": encoding, "compute_ms": compute_ms, "provider": provider}
+    about |= {"tokens": tokens, "cost": cost} | ({"value": value} if value else {})
+    return orjson.dumps(about), packed
 
 
 def unpack(key: str, text: bytes) -> Entry:
@@ -92,26 +151,39 @@ def unpack(key: str, text: bytes) -> Entry:
     """
     try:
         first, rest = text.split(b"\n", 1)
-        magic, epoch, created, expires, count = first.split(b" ")
+        magic, epoch, created, ttl, stale, error, count = first.split(b" ")
         if magic + b" " != MAGIC:
             raise Unreadable("unknown version")
         *tags, meta, packed = rest.split(b"\n", int(count) + 1)
         about: dict[str, Any] = orjson.loads(meta)
-        if about["enc"] == "zstd1":
-            if zstandard.frame_content_size(packed) > MAX_BODY:  # the decompressor would believe it
-                raise Unreadable("a body too large")
-            body = _decompressor.decompress(packed, max_output_size=MAX_BODY)
-        elif about["enc"] == "raw":
-            body = packed
-        else:
-            raise Unreadable(f"unknown encoding {about['enc']!r}")
+        body, blob = _decoded(about["enc"], packed), b""
+        if value := about.get("value"):
+            body, blob = orjson.dumps(value), body
+        fresh_ms = int(created) + int(ttl)
+        prompt_tokens, completion_tokens = about["tokens"]
         return Entry(
             key=key,
             epoch=epoch.decode(),
             created_ms=int(created),
-            expires_ms=int(expires),
+            fresh_ms=fresh_ms,
+            expires_ms=fresh_ms + int(stale),
+            gone_ms=fresh_ms + int(stale) + int(error),
             tags=tuple(tag.decode() for tag in tags),
-            tail=tail_of(key, about["model"], body),
+            tail=tail_of(key, about["model"], body, provider=about["provider"], epoch=epoch.decode()),
+            blob=blob,
+            compute_ms=int(about["compute_ms"]),
+            tokens=(int(prompt_tokens), int(completion_tokens)),
+            cost=about["cost"],
         )
-    except (ValueError, KeyError, TypeError, zstandard.ZstdError) as error:
-        raise Unreadable(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, zstandard.ZstdError) as error_:
+        raise Unreadable(str(error_)) from error_
+
+
+def _decoded(encoding: str, packed: bytes) -> bytes:
+    if encoding == "raw":
+        return packed
+    if encoding != "zstd1":
+        raise Unreadable(f"unknown encoding {encoding!r}")
+    if zstandard.frame_content_size(packed) > MAX_BODY:  # the decompressor would believe it
+        raise Unreadable("a body too large")
+    return _decompressor.decompress(packed, max_output_size=MAX_BODY)

@@ -15,8 +15,20 @@ STATS = "mp:stats"
 LIMIT_PREFIX = "mp:limit"
 """Prefix of the pool's rate limit windows (strings, TTL of two windows); the `limits` library names the rest."""
 
+PRESSURE = "mp:pressure"
+"""String: present (with a TTL) while Redis' memory is above its mark."""
+
+BREAKER_PREFIX = "mp:breaker"
+"""Prefix of the provider circuits' keys."""
+
+SCHEDULE_PREFIX = "mp:arq"
+"""Prefix of arq's queue and jobs."""
+
 LOOKUP_GROUP = "lookup"
 LLM_GROUP = "llm"
+PERSISTENCE_GROUP = "persistence"
+PROMOTION_GROUP = "promotion"
+INVALIDATION_GROUP = "invalidation"
 
 
 def reply(client: str) -> str:
@@ -33,8 +45,8 @@ class PartitionKeys:
     """The names of one partition's keys."""
 
     __slots__ = (
-        "dead", "entry_prefix", "fills", "flight_prefix", "invalidations", "landed", "outcome_prefix",
-        "partition", "refreshes", "requests", "tags", "touches", "waiters_prefix",
+        "dead", "entry_prefix", "failed_prefix", "fills", "flight_prefix", "invalidations", "landed", "outcome_prefix",
+        "partition", "refreshes", "requests", "swept_prefix", "tags", "touches", "waiters_prefix",
     )  # fmt: skip
 
     def __init__(self, partition: int) -> None:
@@ -52,9 +64,11 @@ class PartitionKeys:
         self.flight_prefix = f"{tag}:flight:"
         self.waiters_prefix = f"{tag}:waiters:"
         self.outcome_prefix = f"{tag}:outcome:"
+        self.failed_prefix = f"{tag}:failed:"
+        self.swept_prefix = f"{tag}:swept:"
 
     def entry(self, key: str) -> str:
-        """String: the L2 entry, PX = hard expiry."""
+        """String: the L2 entry, PX: its probation, its promoted life, at most its hard expiry and `stale_if_error`."""
         return self.entry_prefix + key
 
     def flight(self, key: str) -> str:
@@ -68,6 +82,14 @@ class PartitionKeys:
     def outcome(self, key: str, token: str) -> str:
         """String: what a flight came to, kept from landing until every waiter was told."""
         return f"{self.outcome_prefix}{key}:{token}"
+
+    def failed(self, key: str) -> str:
+        """String: the provider's last error for a key, answered until its time is up."""
+        return self.failed_prefix + key
+
+    def swept(self, entry_id: str) -> str:
+        """Hash: what one invalidation physically deleted, per tier; kept for an hour."""
+        return self.swept_prefix + entry_id
 
 
 def partition_of(key: str, partitions: int) -> int:

@@ -27,10 +27,12 @@ MAX_TAGS = 32
 MAX_TTL = 366 * 86400.0
 MAX_DEADLINE = 3600.0
 _MODES = get_args(Mode)
-_RESERVED = ("key:", "profile:", "tenant:", "model:", "#")
+_RESERVED = ("key:", "profile:", "tenant:", "model:", "prefix:", "#")
 _LABEL = re.compile(r"[^\s\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 _UNKEYED = frozenset({"stream", "stream_options", "user", "metadata", "model"})
-_DIRECTIVES = frozenset({"profile", "tenant", "mode", "ttl", "max_age", "tags", "scope"})
+_DIRECTIVES = frozenset(
+    {"profile", "tenant", "mode", "ttl", "max_age", "tags", "scope", "experiment", "variant", "lead"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,16 @@ class Question:
     mode: Mode
     ttl_ms: int
     max_age_ms: int | None
+    stale_ms: int
+    error_ms: int
+    probation_ms: int
     own_tags: tuple[str, ...]
     tags: tuple[str, ...]
     endpoint: str
+    experiment: str | None
+    variant: str | None
+    #: whether the asking application computes a miss itself
+    lead: bool
 
     @property
     def reads(self) -> bool:
@@ -115,9 +124,15 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
         mode=mode if rules.cache_enabled else "bypass",
         ttl_ms=int(ttl * 1000),
         max_age_ms=None if max_age is None else int(seconds(max_age, "max_age", least=0.0) * 1000),
+        stale_ms=int(profile.stale_while_revalidate * 1000),
+        error_ms=int(profile.stale_if_error * 1000),
+        probation_ms=int(profile.probation * 1000),
         own_tags=own,
         tags=(f"profile:{name}", f"tenant:{tenant}", f"model:{model}", *own),
         endpoint=_endpoint(content, profile),
+        experiment=_named(directives, "experiment"),
+        variant=_named(directives, "variant"),
+        lead=_truth(directives, "lead"),
     )
 
 
@@ -127,6 +142,17 @@ def label(value: object, field: str) -> str:
         raise InvalidRequest(
             f"{field} must be 1 to 200 characters without white space, not {_shown(value)}", field=field
         )
+    return value
+
+
+def _named(directives: dict[str, Any], name: str) -> str | None:
+    return None if directives.get(name) is None else label(directives[name], name)
+
+
+def _truth(directives: dict[str, Any], name: str) -> bool:
+    value = directives.get(name, False)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false, not {_shown(value)}", field=name)
     return value
 
 

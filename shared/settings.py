@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -52,6 +52,25 @@ def check_url(url: str) -> None:
         raise ValueError("must end in the database's number, as in redis://host:6379/0")
 
 
+class Endpoint(BaseModel):
+    """A named OpenAI-compatible endpoint, for the chains of profiles: `[providers.NAME]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["openai", "simulated"] = "openai"
+    base_url: str | None = None
+    api_key: SecretStr | None = None
+
+
+class Price(BaseModel):
+    """What a model costs, in dollars per million tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: float = Field(ge=0)
+    output: float = Field(default=0.0, ge=0)
+
+
 class _SharedDotEnv(DotEnvSettingsSource):
     """A `.env` that other programs read too: their variables are theirs, a misspelt `MILLPOND_*` is refused."""
 
@@ -81,6 +100,8 @@ class Settings(BaseSettings):
 
     # servers
     redis_url: SecretStr | None = Field(None, description="redis://, rediss:// or unix://; unset: embedded")
+    database_url: SecretStr | None = Field(None, description="postgresql://; unset: embedded, where `up` runs one")
+    l3: bool = Field(True, description="false: no durable tier, nothing is asked of or written to PostgreSQL")
     data_dir: Path = Field(default_factory=default_data_dir, description="data of the embedded servers")
     partitions: int | None = Field(None, ge=1, le=1024, description="fixed at first start; unset: as recorded, or 1")
 
@@ -94,23 +115,33 @@ class Settings(BaseSettings):
     l1_entries: int = Field(1000, ge=0)
     l1_bytes: int = Field(64 << 20, ge=0)
 
+    # the durable tier
+    l3_timeout: float = Field(0.25, gt=0, description="longest wait of a lookup for PostgreSQL")
+    store_prompts: bool = Field(False, description="keep what was asked beside each answer")
+    retention_days: int = Field(30, ge=1, description="history and expired answers are kept for so long")
+
     # queues
     request_limit: int = Field(100_000, ge=1, description="requests waiting per partition before Overloaded")
     fill_limit: int = Field(100_000, ge=1, description="fills waiting per partition before Overloaded")
     reply_limit: int = Field(10_000, ge=1, description="unread replies kept per client")
     invalidation_limit: int = Field(10_000, ge=100, description="length of the invalidation log")
+    landed_limit: int = Field(100_000, ge=1, description="answers per partition waiting for PostgreSQL")
+    touches_limit: int = Field(10_000, ge=1, description="hit reports kept per partition")
     dead_limit: int = Field(10_000, ge=1, description="dead letters kept per partition")
 
     # leases and deadlines
     timeout: float = Field(60.0, gt=0, le=3600, description="deadline of a request that names none")
     lookup_lease: float = Field(5.0, ge=0.2, description="a lookup worker silent for longer loses its messages")
     llm_lease: float = Field(10.0, ge=0.2, description="an LLM worker silent for longer loses its fills")
+    background_lease: float = Field(15.0, ge=0.2, description="as above, for persistence, promotion, invalidation")
+    compute_lease: float = Field(10.0, ge=0.2, description="an application silent for longer loses its computation")
     drain_timeout: float = Field(10.0, ge=0, description="a stopped LLM worker finishes calls for this long")
     max_deliveries: int = Field(5, ge=1, description="deliveries of one message before it is dead-lettered")
     channel_ttl: float = Field(60.0, ge=1, description="a reply channel outlives its silent client by this")
 
     # the LLM pool
     provider: Literal["auto", "openai", "simulated"] = "auto"
+    providers: dict[str, Endpoint] = Field(default_factory=dict, description="endpoints that chains name")
     openai_api_key: SecretStr | None = Field(None, description="MILLPOND_OPENAI_API_KEY, else OPENAI_API_KEY")
     openai_base_url: str | None = None
     concurrency: int = Field(64, ge=1, le=4096, description="provider calls at once per LLM worker")
@@ -121,6 +152,11 @@ class Settings(BaseSettings):
     backoff_max: float = Field(20.0, gt=0)
     requests_per_minute: int | None = Field(None, ge=1, description="shared by the whole pool")
     tokens_per_minute: int | None = Field(None, ge=1, description="shared by the whole pool")
+
+    breaker_failures: int = Field(5, ge=1, description="failures in a row that open a provider's circuit")
+    breaker_reset: float = Field(10.0, gt=0, description="seconds after which an open circuit is probed")
+    prices: dict[str, Price] = Field(default_factory=dict, description="dollars per million tokens, by model")
+    memory_mark: float = Field(0.8, gt=0, le=1, description="share of maxmemory above which Redis is relieved")
 
     # the simulated provider
     simulated_first_token: float = Field(0.6, ge=0, description="seconds before the first token")
@@ -135,6 +171,13 @@ class Settings(BaseSettings):
     def _known_scheme(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
             check_url(value.get_secret_value())
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgresql(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must start with postgresql://")
         return value
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ BODY = orjson.dumps({"choices": [{"message": {"content": "the wheel turns " * 40
 def stored(body: bytes, tags: list[str], *, model: str = "m", above: int = 256, epoch: str = "7-1") -> bytes:
     """Return an entry as `land` writes it."""
     meta, packed = pack(body, model=model, compute_ms=12, compress_above=above)
-    head = f"mp1 {epoch} 1000 61000 {len(tags)}\n" + "".join(f"{tag}\n" for tag in tags)
+    head = f"mp2 {epoch} 1000 60000 30 7 {len(tags)}\n" + "".join(f"{tag}\n" for tag in tags)
     return head.encode() + meta + b"\n" + packed
 
 
@@ -31,9 +31,10 @@ TAGS = st.lists(st.from_regex(r"[^\s\x00-\x1f\x7f]{1,20}", fullmatch=True).filte
 @given(body=st.binary(max_size=3000), tags=TAGS, model=st.text(min_size=1, max_size=20), above=st.integers(0, 4000))
 def test_what_was_packed_is_unpacked(body: bytes, tags: list[str], model: str, above: int) -> None:
     entry = unpack(KEY, stored(body, tags, model=model, above=above))
-    assert (entry.key, entry.epoch, entry.created_ms, entry.expires_ms) == (KEY, "7-1", 1000, 61000)
+    assert (entry.key, entry.epoch, entry.created_ms) == (KEY, "7-1", 1000)
+    assert (entry.fresh_ms, entry.expires_ms, entry.gone_ms) == (61000, 61030, 61037)
     assert entry.tags == tuple(tags)
-    assert entry.tail == tail_of(KEY, model, body)
+    assert entry.tail == tail_of(KEY, model, body, epoch="7-1")
 
 
 @given(st.binary(max_size=300))
@@ -55,14 +56,14 @@ def test_damage_is_unreadable_or_harmless(data: st.DataObject) -> None:
     "text",
     [
         b"",
-        b"mp2 7-1 1000 61000 0\n{}\n{}",
-        b"mp1 7-1 1000 61000 9\na\n{}\n{}",
-        b"mp1 7-1 x 61000 0\n{}\n{}",
-        b'mp1 7-1 1000 61000 0\n{"model":"m","enc":"br"}\n{}',
-        b'mp1 7-1 1000 61000 0\n{"model":"m"}\n{}',
-        b'mp1 7-1 1000 61000 0\n["m","raw"]\n{}',
-        b'mp1 7-1 1000 61000 0\n{"model":"m","enc":"zstd1"}\nnot zstd',
-        b"mp1 7-1 1000 61000 1\n\xff\n" + b'{"model":"m","enc":"raw"}\n{}',
+        b"mp3 7-1 1000 60000 0 0 0\n{}\n{}",
+        b"mp2 7-1 1000 60000 0 0 9\na\n{}\n{}",
+        b"mp2 7-1 x 60000 0 0 0\n{}\n{}",
+        b'mp2 7-1 1000 60000 0 0 0\n{"model":"m","enc":"br"}\n{}',
+        b'mp2 7-1 1000 60000 0 0 0\n{"model":"m"}\n{}',
+        b'mp2 7-1 1000 60000 0 0 0\n["m","raw"]\n{}',
+        b'mp2 7-1 1000 60000 0 0 0\n{"model":"m","enc":"zstd1"}\nnot zstd',
+        b"mp2 7-1 1000 60000 0 0 1\n\xff\n" + b'{"model":"m","enc":"raw"}\n{}',
     ],
 )
 def test_what_is_no_entry_of_this_version_is_unreadable(text: bytes) -> None:
@@ -74,14 +75,14 @@ def test_a_body_that_claims_to_be_huge_is_unreadable() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(MAX_BODY + 1))
     meta = orjson.dumps({"model": "m", "enc": "zstd1", "compute_ms": 1})
     with pytest.raises(Unreadable):
-        unpack(KEY, b"mp1 7-1 1000 61000 0\n" + meta + b"\n" + bomb)
+        unpack(KEY, b"mp2 7-1 1000 60000 0 0 0\n" + meta + b"\n" + bomb)
 
 
 def test_a_body_that_claims_an_absurd_size_is_unreadable() -> None:
     frame = b"\x28\xb5\x2f\xfd\xe0" + (1 << 50).to_bytes(8, "little") + b"\x01\x00\x00"
     meta = orjson.dumps({"model": "m", "enc": "zstd1", "compute_ms": 1})
     with pytest.raises(Unreadable):
-        unpack(KEY, b"mp1 7-1 1000 61000 0\n" + meta + b"\n" + frame)
+        unpack(KEY, b"mp2 7-1 1000 60000 0 0 0\n" + meta + b"\n" + frame)
 
 
 def test_long_bodies_are_compressed_and_short_ones_are_not() -> None:
@@ -94,7 +95,7 @@ def test_a_reply_is_json_with_times_in_seconds() -> None:
     reply = orjson.loads(entry.reply("l1", 3500))
     assert reply == {
         "tier": "l1", "collapsed": False, "stored": "stored", "age": 2.5, "ttl": 57.5,
-        "key": KEY, "model": "m", "body": orjson.loads(BODY),
+        "key": KEY, "model": "m", "provider": None, "epoch": "7-1", "body": orjson.loads(BODY),
     }  # fmt: skip
 
 

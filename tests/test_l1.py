@@ -16,7 +16,7 @@ TAGS = ["a", "b", "c"]
 
 
 def entry(key: str, *tags: str, size: int = 10, expires_ms: int = 1000) -> Entry:
-    return Entry(key, "1-0", 0, expires_ms, tags, b"x" * size)
+    return Entry(key, "1-0", 0, expires_ms, expires_ms, expires_ms, tags, b"x" * size)
 
 
 def test_the_least_recently_used_leaves_first() -> None:

@@ -147,7 +147,7 @@ async def test_a_malformed_fill_is_a_dead_letter_with(pond: Pond, how: str) -> N
 async def test_an_unreadable_entry_is_a_miss(pond: Pond) -> None:
     name = PartitionKeys(0).entry(pond.key(PROMPT))
     async with pond.working("lookup", "llm"), pond.client() as client:
-        for junk in (b"junk", b"mp1 0-0 1 99999999999999 0\nnot JSON\nbody", b"mp9 0-0 1 2 0\n{}\n", b""):
+        for junk in (b"junk", b"mp2 0-0 1 99999999999999 0 0 0\nnot JSON\nbody", b"mp9 0-0 1 2 0 0 0\n{}\n", b""):
             pond.redis.set(name, junk, ex=60)
             assert (await client.ask(PROMPT)).tier == "llm"
             await client.invalidate(everything=True)

@@ -68,16 +68,18 @@ class Pond:
         meta, packed = pack(body, model="m", compute_ms=1, compress_above=9999)
         names = [
             K.fills, K.entry(KEY), K.flight(KEY), K.waiters(KEY, flight), K.outcome(KEY, flight), K.tags, K.landed,
-            K.invalidations,
+            K.invalidations, K.failed(KEY),
         ]  # fmt: skip
         return self.script(
-            "land", names, "llm", "l", fill, KEY, flight, epoch, "a", 60_000, verdict, 60_000, meta, packed, 100
-        )
+            "land", names, "llm", "l", fill, KEY, flight, epoch, "a", 60_000, verdict, 60_000, meta, packed, 100,
+            0, 0, 60_000, "{}", "", 100,
+        )  # fmt: skip
 
     def store(self, epoch: str, *tags: str, expires: int = FOREVER, created: int = 1) -> bytes:
         """Put an entry into L2 by hand."""
-        text = f"mp1 {epoch} {created} {expires} {len(tags)}\n" + "".join(f"{tag}\n" for tag in tags)
-        entry = text.encode() + b'{"model":"m","enc":"raw"}\n{}'
+        meta, body = pack(b"{}", model="m", compute_ms=1, compress_above=9999)
+        text = f"mp2 {epoch} {created} {expires - created} 0 0 {len(tags)}\n" + "".join(f"{tag}\n" for tag in tags)
+        entry = text.encode() + meta + b"\n" + body
         self.run("SET", K.entry(KEY), entry, "PX", 60_000)
         return entry
 
@@ -209,7 +211,7 @@ def test_a_verdict_keeps_an_answer_out(pond: Pond) -> None:
     fill = pond.fly()
     assert pond.land(fill, verdict="length")[0] == b"length"
     assert not pond.run("EXISTS", K.entry(KEY), K.flight(KEY))
-    assert pond.run("GET", K.outcome(KEY, "t")).startswith(b"length\nmp1 ")
+    assert pond.run("GET", K.outcome(KEY, "t")).startswith(b"length\nmp2 ")
 
 
 def test_landing_twice_changes_nothing_and_tells_the_first_outcome(pond: Pond) -> None:
@@ -233,7 +235,9 @@ def test_an_answer_with_line_breaks_and_null_bytes_is_stored_as_it_is(pond: Pond
     assert pond.run("GET", K.entry(KEY)).endswith(body)
 
 
-@pytest.mark.parametrize("junk", [b"", b"mp0 1-1 1 1 0\n{}\n{}", b"mp1 1-1 1 1 3\na\n", b"mp1 x 1 1 0\n", b"\x00\xff"])
+@pytest.mark.parametrize(
+    "junk", [b"", b"mp1 1-1 1 1 0\n{}\n{}", b"mp2 1-1 1 1 0 0 3\na\n", b"mp2 x 1 1 0 0 0\n", b"\x00\xff"]
+)
 def test_fetch_deletes_what_is_no_entry(pond: Pond, junk: bytes) -> None:
     pond.run("SET", K.entry(KEY), junk, "PX", 60_000)
     assert pond.script("fetch", [K.tags, K.entry(KEY)], KEY, "") == [2]

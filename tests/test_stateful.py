@@ -315,7 +315,7 @@ HOLES = {
         ),
     ),
     "L2 asks for no tag of the request": lambda patch: patch.setitem(
-        SCRIPTS, "fetch", without("fetch", " or not invalidated(KEYS[1], key, lines(asked), entry.epoch)", " or true")
+        SCRIPTS, "fetch", without("fetch", " and fit_for(KEYS[1], key, lines(asked), entry)")
     ),
     "tenants share a key": lambda patch: patch.setattr(messages, "_key", _keyed_without_tenant(messages._key)),
 }

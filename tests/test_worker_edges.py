@@ -264,7 +264,7 @@ async def test_an_outcome_of_another_version_is_told_as_an_error_and_holds_up_no
         left_by_the_dead(pond, ONLY.fills, "llm")
         flight = ONLY.flight(pond.key("odd"))
         outcome = ONLY.outcome(pond.key("odd"), pond.redis.hget(flight, "token").decode())
-        pond.redis.set(outcome, b'stored\nmp1 0-0 1 2 0\n{"model":"m","enc":"zstd9"}\n?', ex=120)
+        pond.redis.set(outcome, b'stored\nmp2 0-0 1 2 0 0 0\n{"model":"m","enc":"zstd9"}\n?', ex=120)
         pond.redis.delete(flight)  # it had landed
         async with pond.working("llm", **FAST):
             await raw.answered("innocent")

@@ -198,10 +198,13 @@ class World(Ledger):
         reply = await self.link.call(
             self.call(
                 "land",
-                [stream, k.entry(fill.key), flight, waiters, outcome, k.tags, k.landed, k.invalidations],
+                [
+                    stream, k.entry(fill.key), flight, waiters, outcome, k.tags, k.landed, k.invalidations,
+                    k.failed(fill.key),
+                ],
                 [
                     keys.LLM_GROUP, who, fill.id, fill.key, fill.token, fill.epoch, fill.tags, fill.ttl_ms, "",
-                    KEEP_MS, meta, packed, 1000,
+                    KEEP_MS, meta, packed, 1000, 0, 0, KEEP_MS, "{}", "", 1000,
                 ],
             )
         )  # fmt: skip
@@ -211,7 +214,7 @@ class World(Ledger):
         if status == "DONE":
             return Outcome.recorded(fill, reply)
         self._landed(self.flights[fill.token], status)
-        landed = Outcome.landed(fill, reply, body)
+        landed = Outcome.landed(fill, reply, body, "simulated")
         self._aboard(fill, landed)
         return landed
 

@@ -31,6 +31,11 @@ class Fill:
     model: str
     tags: str
     ttl_ms: int
+    stale_ms: int
+    error_ms: int
+    probation_ms: int
+    #: what the request says of itself for the statistics: profile, tenant, experiment, variant
+    about: dict[str, Any]
 
     @classmethod
     def read(cls, stream: str, message: Message) -> Fill:
@@ -52,6 +57,10 @@ class Fill:
             model=spec["model"],
             tags="\n".join(spec["tags"]),
             ttl_ms=int(spec["ttl_ms"]),
+            stale_ms=int(spec["stale_ms"]),
+            error_ms=int(spec["error_ms"]),
+            probation_ms=int(spec["probation_ms"]),
+            about={name: spec.get(name) for name in ("profile", "tenant", "experiment", "variant")},
         )
 
 
@@ -68,11 +77,11 @@ class Outcome:
     rest: bytes
 
     @classmethod
-    def landed(cls, fill: Fill, reply: list[Any], body: bytes) -> Outcome:
+    def landed(cls, fill: Fill, reply: list[Any], body: bytes, provider: str) -> Outcome:
         """Read `land`'s reply for an answer this worker has just computed."""
-        reason, now_ms, waiters, expires = reply
-        tail = tail_of(fill.key, fill.model, body)
-        first, rest = (payload("llm", late, reason.decode(), now_ms, expires, now_ms, tail) for late in (False, True))
+        reason, now_ms, waiters, fresh_ms = reply
+        tail = tail_of(fill.key, fill.model, body, provider=provider, epoch=fill.epoch)
+        first, rest = (payload("llm", late, reason.decode(), now_ms, fresh_ms, now_ms, tail) for late in (False, True))
         return cls(now_ms, waiters, first, rest)
 
     @classmethod
@@ -85,7 +94,7 @@ class Outcome:
             return cls(now_ms, waiters, error, error)
         entry = unpack(fill.key, record)
         first, rest = (
-            payload("llm", late, reason.decode(), entry.created_ms, entry.expires_ms, now_ms, entry.tail)
+            payload("llm", late, reason.decode(), entry.created_ms, entry.fresh_ms, now_ms, entry.tail)
             for late in (False, True)
         )
         return cls(now_ms, waiters, first, rest)

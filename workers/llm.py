@@ -22,6 +22,7 @@ from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError, U
 from shared.faults import fault_point
 from shared.keys import PartitionKeys
 from shared.link import LINK_ERRORS, Command
+from shared.prices import cost
 from shared.providers import make_provider
 from shared.providers.base import Call, Completion, Provider
 from shared.providers.gate import verdict
@@ -274,15 +275,35 @@ class LLMConsumer(Consumer):
                 fill, ProviderError("the provider's answer is not JSON", provider=self.provider.name)
             )
         body = completion.body.strip()
-        meta, packed = pack(body, model=fill.model, compute_ms=compute_ms, compress_above=self.settings.compress_above)
+        tokens = completion.prompt_tokens, completion.completion_tokens
+        spent = cost(fill.model, *tokens)
+        meta, packed = pack(
+            body,
+            model=fill.model,
+            compute_ms=compute_ms,
+            compress_above=self.settings.compress_above,
+            provider=self.provider.name,
+            tokens=tokens,
+            cost=spent,
+        )
+        call = fill.about | {
+            "model": fill.model,
+            "endpoint": fill.endpoint,
+            "provider": self.provider.name,
+            "tokens": tokens,
+            "cost": spent,
+            "duration_ms": compute_ms,
+        }
         k, key, token = self.keys, fill.key, fill.token
         names = [
             fill.stream, k.entry(key), k.flight(key), k.waiters(key, token), k.outcome(key, token), k.tags, k.landed,
-            k.invalidations,
+            k.invalidations, k.failed(key),
         ]  # fmt: skip
         args: list[Arg] = [
             self.group, self.name, fill.id, key, token, fill.epoch, fill.tags, fill.ttl_ms,
             gate, _OUTCOME_MS, meta, packed, self.settings.invalidation_limit,
+            fill.stale_ms, fill.error_ms, fill.probation_ms, orjson.dumps(call),
+            fill.body if self.settings.store_prompts else b"", self.settings.landed_limit,
         ]  # fmt: skip
         reply = await self._write(SCRIPTS["land"].call(names, args))
         if reply[0] == b"DONE":
@@ -290,7 +311,7 @@ class LLMConsumer(Consumer):
         self.counters.add("stored" if reply[0] == b"stored" else "not_stored")
         self.counters.add("tokens.prompt", completion.prompt_tokens)
         self.counters.add("tokens.completion", completion.completion_tokens)
-        return Outcome.landed(fill, reply, body)
+        return Outcome.landed(fill, reply, body, self.provider.name)
 
     async def _fail(self, fill: Fill, error: MillpondError) -> Outcome:
         k, key, token = self.keys, fill.key, fill.token

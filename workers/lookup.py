@@ -310,6 +310,13 @@ class LookupConsumer(Consumer):
             "model": question.model,
             "tags": question.tags,
             "ttl_ms": question.ttl_ms,
+            "stale_ms": question.stale_ms,
+            "error_ms": question.error_ms,
+            "probation_ms": question.probation_ms,
+            "profile": question.profile,
+            "tenant": question.tenant,
+            "experiment": question.experiment,
+            "variant": question.variant,
             "cache": orjson.Fragment(first.cache or b"{}"),
         }
         oldest = 0 if question.max_age_ms is None else now_ms - question.max_age_ms

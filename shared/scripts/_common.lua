@@ -17,11 +17,11 @@ local function owns(stream, group, consumer, id)
   return pending.err == nil and #pending > 0
 end
 
--- Whether any of `labels` (or `all`, the pruning floor, or the key's own tag) was invalidated after `epoch`.
+-- Whether any of `labels` (or `all`, or the key's own tag, or a prefix of one) was invalidated after `epoch`.
 local function invalidated(tags_key, key, labels, epoch)
   local last = redis.call('HGET', tags_key, '#last')
   if not last or not newer(last, epoch) then return false end
-  local wanted = { 'all', '#floor', 'key:' .. key }
+  local wanted = { 'all', 'key:' .. key }
   for _, label in ipairs(labels) do wanted[#wanted + 1] = label end
   for at = 1, #wanted, 1000 do -- unpack has a limit
     local markers = redis.call('HMGET', tags_key, unpack(wanted, at, math.min(at + 999, #wanted)))
@@ -29,7 +29,21 @@ local function invalidated(tags_key, key, labels, epoch)
       if marker and newer(marker, epoch) then return true end
     end
   end
+  local prefixes = redis.call('HGET', tags_key, '#prefixes') -- lines 'ID PREFIX', few
+  for marker, prefix in string.gmatch(prefixes or '', '(%d+%-%d+) ([^\n]+)') do
+    if newer(marker, epoch) then
+      for _, label in ipairs(labels) do
+        if string.sub(label, 1, #prefix) == prefix then return true end
+      end
+    end
+  end
   return false
+end
+
+-- Whether markers newer than `epoch` have been pruned: what began then, and is not stored yet, can no longer be judged.
+local function pruned(tags_key, epoch)
+  local horizon = redis.call('HGET', tags_key, '#pruned')
+  return horizon and newer(horizon, epoch)
 end
 
 -- Split a newline-joined list; '' is the empty list.
@@ -39,11 +53,12 @@ local function lines(text)
   return out
 end
 
--- Read an entry's head; nil when it is not an entry of this version.
--- Layout: 'mp1 EPOCH CREATED_MS EXPIRES_MS TAGS\n' tag\n… meta-JSON\n body
+-- Read an entry's head; nil when it is not an entry of this version. Times in ms: fresh until `fresh`, served until
+-- `expires`, kept until `gone`.
+-- Layout: 'mp2 EPOCH CREATED TTL STALE ERROR TAGS\n' tag\n… meta-JSON\n body
 local function head(text)
-  local epoch, created, expires, count, at =
-    string.match(text, '^mp1 (%d+%-%d+) (%d+) (%d+) (%d+)\n()')
+  local epoch, created, ttl, stale, err, count, at =
+    string.match(text, '^mp2 (%d+%-%d+) (%d+) (%d+) (%d+) (%d+) (%d+)\n()')
   if not epoch then return nil end
   local labels = {}
   for i = 1, tonumber(count) do
@@ -52,7 +67,30 @@ local function head(text)
     labels[i] = string.sub(text, at, stop - 1)
     at = stop + 1
   end
-  return { epoch = epoch, created = tonumber(created), expires = tonumber(expires), labels = labels }
+  local fresh = tonumber(created) + tonumber(ttl)
+  local expires = fresh + tonumber(stale)
+  return {
+    epoch = epoch, created = tonumber(created), fresh = fresh, expires = expires, gone = expires + tonumber(err),
+    labels = labels,
+  }
+end
+
+-- Whether an entry that is valid by its own labels may answer a request that brings `asked`, labels of its own. Those the
+-- entry does not carry were not watched for it: once their markers may have been pruned, nobody can tell.
+local function fit_for(tags_key, key, asked, entry)
+  local carried, foreign = {}, {}
+  for _, label in ipairs(entry.labels) do carried[label] = true end
+  for _, label in ipairs(asked) do
+    if not carried[label] then foreign[#foreign + 1] = label end
+  end
+  if #foreign == 0 then return true end
+  return not pruned(tags_key, entry.epoch) and not invalidated(tags_key, key, foreign, entry.epoch)
+end
+
+-- Compose an entry; `meta` is its JSON.
+local function compose(epoch, created, ttl, stale, err, labels, meta, body)
+  return string.format('mp2 %s %d %d %d %d %d\n', epoch, created, ttl, stale, err, #labels)
+    .. table.concat(labels, '\n') .. (#labels > 0 and '\n' or '') .. meta .. '\n' .. body
 end
 
 local function now_ms()

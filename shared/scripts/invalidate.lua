@@ -1,9 +1,20 @@
 -- invalidate: append to the log and mark every tag with the new id.
 -- KEYS  1 invalidations, 2 tags
--- ARGV  1 who, 2 log limit, then tags
+-- ARGV  1 who, 2 log limit, then tags; `prefix:P` stands for every tag that begins with P
 -- Returns the id: entries and flights whose epoch is older no longer count for these tags.
 -- Closes: log and markers move together, so a reader of either knows of the same invalidations.
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'by', ARGV[1], 'tags', table.concat(ARGV, '\n', 3))
-for i = 3, #ARGV do redis.call('HSET', KEYS[2], ARGV[i], id) end
+for i = 3, #ARGV do
+  local prefix = string.match(ARGV[i], '^prefix:(.+)$')
+  if prefix then
+    local kept = { id .. ' ' .. prefix }
+    for line in string.gmatch(redis.call('HGET', KEYS[2], '#prefixes') or '', '[^\n]+') do
+      if string.match(line, '^%S+ (.+)$') ~= prefix then kept[#kept + 1] = line end
+    end
+    redis.call('HSET', KEYS[2], '#prefixes', table.concat(kept, '\n'))
+  else
+    redis.call('HSET', KEYS[2], ARGV[i], id)
+  end
+end
 redis.call('HSET', KEYS[2], '#last', id)
 return id

@@ -23,9 +23,8 @@ if #ids == 0 then return { 'LOST' } end
 if mode == 'default' or mode == 'no-store' then
   local text = redis.call('GET', KEYS[3])
   local entry = text and head(text)
-  if entry and entry.created >= tonumber(ARGV[6])
-      and not invalidated(KEYS[5], key, entry.labels, entry.epoch)
-      and not invalidated(KEYS[5], key, labels, entry.epoch) then
+  if entry and entry.created >= tonumber(ARGV[6]) and entry.expires > now_ms()
+      and not invalidated(KEYS[5], key, entry.labels, entry.epoch) and fit_for(KEYS[5], key, labels, entry) then
     return { 'HIT', text }
   end
 end
@@ -44,7 +43,7 @@ if shared then
     for _, label in ipairs(labels) do
       if not known[label] then all[#all + 1] = label end
     end
-    if not invalidated(KEYS[5], key, all, flight[2]) then
+    if not pruned(KEYS[5], flight[2]) and not invalidated(KEYS[5], key, all, flight[2]) then
       status, token = 'JOINED', flight[1]
       if #all > MOST_TAGS then
         -- An entry must carry the tags of all who joined. Too many: it answers them and is not stored.

@@ -1,8 +1,11 @@
 -- land: publish a flight's answer, once, by the worker that owns its fill.
--- KEYS  1 fills (or refreshes), 2 entry:K, 3 flight:K, 4 waiters:K:T, 5 outcome:K:T, 6 tags, 7 landed, 8 invalidations
+-- KEYS  1 fills (or refreshes), 2 entry:K, 3 flight:K, 4 waiters:K:T, 5 outcome:K:T, 6 tags, 7 landed, 8 invalidations,
+--       9 failed:K
 -- ARGV  1 group, 2 consumer, 3 fill id, 4 K, 5 T, 6 epoch, 7 the leader's tags (newline-joined), 8 ttl (ms),
---       9 verdict of the quality gate ('' = storable), 10 keep the outcome for (ms), 11 meta JSON, 12 body, 13 log limit
--- Returns {'LOST'} or {reason, now (ms), waiters, expires (ms)}; reason 'stored' or why it was not:
+--       9 verdict of the quality gate ('' = storable), 10 keep the outcome for (ms), 11 meta JSON, 12 body, 13 log limit,
+--       14 serve stale for (ms), 15 keep for errors for (ms), 16 probation (ms), 17 call JSON, 18 prompt ('' = not kept),
+--       19 most answers waiting for PostgreSQL
+-- Returns {'LOST'} or {reason, now (ms), waiters, fresh until (ms)}; reason 'stored' or why it was not:
 --   'overtaken' (a newer flight replaced this one, or it was a bypass), 'invalidated', 'superseded', 'no-store', the verdict.
 --   A flight that has an outcome already returns {'DONE', now (ms), waiters, outcome}.
 -- Closes: a paused worker's late answer (ownership); an answer computed from facts older than an invalidation (epoch
@@ -21,9 +24,8 @@ local flight = redis.call('HMGET', KEYS[3], 'token', 'tags', 'ttl', 'store')
 local current = flight[1] == token
 local labels = lines(current and flight[2] or ARGV[7])
 local created = now_ms()
-local expires = created + tonumber(current and flight[3] or ARGV[8])
-local text = string.format('mp1 %s %d %d %d\n', epoch, created, expires, #labels)
-  .. table.concat(labels, '\n') .. (#labels > 0 and '\n' or '') .. ARGV[11] .. '\n' .. ARGV[12]
+local ttl, stale, err = tonumber(current and flight[3] or ARGV[8]), tonumber(ARGV[14]), tonumber(ARGV[15])
+local text = compose(epoch, created, ttl, stale, err, labels, ARGV[11], ARGV[12])
 
 local reason = 'stored'
 if not current then
@@ -32,7 +34,7 @@ elseif ARGV[9] ~= '' then
   reason = ARGV[9]
 elseif flight[4] ~= '1' then
   reason = flight[4] == '0' and 'no-store' or flight[4]
-elseif invalidated(KEYS[6], key, labels, epoch) then
+elseif pruned(KEYS[6], epoch) or invalidated(KEYS[6], key, labels, epoch) then
   reason = 'invalidated'
 else
   local present = redis.call('GET', KEYS[2])
@@ -44,10 +46,18 @@ else
     redis.call('XADD', KEYS[8], 'MAXLEN', '~', ARGV[13], '*', 'by', 'land', 'tags', 'key:' .. key)
   end
 end
-if reason == 'stored' then
-  redis.call('SET', KEYS[2], text, 'PXAT', expires)
-  redis.call('XADD', KEYS[7], 'NOMKSTREAM', '*', 'key', key, 'entry', text)
+-- Every call is told to the durable tier, a stored answer with it. Only what is on its way there may leave Redis early.
+local told = redis.call('XLEN', KEYS[7]) < tonumber(ARGV[19])
+if told then
+  local message = { 'key', key, 'outcome', reason, 'call', ARGV[17] }
+  if reason == 'stored' then message[7], message[8] = 'entry', text end
+  if ARGV[18] ~= '' then message[#message + 1], message[#message + 2] = 'prompt', ARGV[18] end
+  told = redis.call('XADD', KEYS[7], 'NOMKSTREAM', '*', unpack(message))
 end
-if current then redis.call('DEL', KEYS[3]) end
+if reason == 'stored' then
+  local life = ttl + stale + err
+  redis.call('SET', KEYS[2], text, 'PX', told and math.min(life, tonumber(ARGV[16])) or life)
+end
+if current then redis.call('DEL', KEYS[3], KEYS[9]) end
 redis.call('SET', KEYS[5], reason .. '\n' .. text, 'PX', ARGV[10])
-return { reason, created, redis.call('LRANGE', KEYS[4], 0, -1), expires }
+return { reason, created, redis.call('LRANGE', KEYS[4], 0, -1), created + ttl }
