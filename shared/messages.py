@@ -17,8 +17,9 @@ from typing import Any, Literal, get_args
 import orjson
 
 from shared.errors import InvalidRequest
+from shared.experiments import assign
 from shared.profiles import DEFAULT_PROFILE, Profile
-from shared.settings import Settings
+from shared.settings import Experiment, Settings
 
 Mode = Literal["default", "refresh", "only-if-cached", "no-store", "bypass"]
 
@@ -31,7 +32,7 @@ _RESERVED = ("key:", "profile:", "tenant:", "model:", "prefix:", "#")
 _LABEL = re.compile(r"[^\s\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 _UNKEYED = frozenset({"stream", "stream_options", "user", "metadata", "model"})
 _DIRECTIVES = frozenset(
-    {"profile", "tenant", "mode", "ttl", "max_age", "tags", "scope", "experiment", "variant", "lead"}
+    {"profile", "tenant", "mode", "ttl", "max_age", "tags", "scope", "experiment", "variant", "unit", "lead"}
 )
 
 
@@ -44,6 +45,7 @@ class Rules:
     model_versions: Mapping[str, str]
     max_input_bytes: int
     cache_enabled: bool
+    experiments: Mapping[str, Experiment]
 
     @classmethod
     def of(cls, settings: Settings) -> Rules:
@@ -54,6 +56,7 @@ class Rules:
             model_versions=settings.model_versions,
             max_input_bytes=settings.max_input_bytes,
             cache_enabled=settings.cache_enabled,
+            experiments=settings.experiments,
         )
 
 
@@ -116,6 +119,7 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
     ttl = seconds(directives.get("ttl", profile.ttl), "ttl", least=0.001)
     max_age = directives.get("max_age")
     own = tags_of(directives.get("tags", ()))
+    experiment = _named(directives, "experiment")
     return Question(
         key=_key(content, name, profile, tenant, model, directives.get("scope"), rules),
         profile=name,
@@ -130,8 +134,8 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
         own_tags=own,
         tags=(f"profile:{name}", f"tenant:{tenant}", f"model:{model}", *own),
         endpoint=_endpoint(content, profile),
-        experiment=_named(directives, "experiment"),
-        variant=_named(directives, "variant"),
+        experiment=experiment,
+        variant=_variant(content, directives, experiment, rules),
         lead=_truth(directives, "lead"),
     )
 
@@ -147,6 +151,26 @@ def label(value: object, field: str) -> str:
 
 def _named(directives: dict[str, Any], name: str) -> str | None:
     return None if directives.get(name) is None else label(directives[name], name)
+
+
+def _variant(content: dict[str, Any], directives: dict[str, Any], name: str | None, rules: Rules) -> str | None:
+    """Return the variant given, else the one an experiment of the deployment's assigns to the request's unit."""
+    given, unit = _named(directives, "variant"), directives.get("unit")
+    if name is None and (given is not None or unit is not None):
+        raise InvalidRequest("a variant, or the unit that decides it, needs its experiment", field="experiment")
+    experiment = rules.experiments.get(name) if name is not None else None
+    if given is not None or (experiment is None and unit is None):
+        return given
+    if experiment is None:
+        known = ", ".join(sorted(rules.experiments)) or "none"
+        raise InvalidRequest(f"no experiment {name!r} to assign a variant; known: {known}", field="experiment")
+    unit = content.get(experiment.unit) if unit is None else unit
+    if isinstance(unit, bool) or not isinstance(unit, str | int) or unit == "":
+        raise InvalidRequest(
+            f"this experiment needs a variant, a unit, or {experiment.unit!r} in the body, not {_shown(unit)}",
+            field="unit",
+        )
+    return assign(str(name), str(unit), experiment.variants)
 
 
 def _truth(directives: dict[str, Any], name: str) -> bool:

@@ -6,9 +6,10 @@ A wrong value is refused at start with the setting's name. Secrets are never pri
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -71,6 +72,23 @@ class Price(BaseModel):
     output: float = Field(default=0.0, ge=0)
 
 
+class Experiment(BaseModel):
+    """Variants with their weights, and the body field whose value decides who gets which: `[experiments.NAME]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    variants: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(min_length=1)
+    unit: str = Field(default="user", min_length=1)
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Experiment:
+        if not any(self.variants.values()):
+            raise ValueError("give at least one variant a weight above 0")
+        if any(re.fullmatch(r"\S{1,200}", name) is None for name in self.variants):
+            raise ValueError("the names of variants are 1 to 200 characters without white space")
+        return self
+
+
 class _SharedDotEnv(DotEnvSettingsSource):
     """A `.env` that other programs read too: their variables are theirs, a misspelt `MILLPOND_*` is refused."""
 
@@ -119,6 +137,8 @@ class Settings(BaseSettings):
     l3_timeout: float = Field(0.25, gt=0, description="longest wait of a lookup for PostgreSQL")
     store_prompts: bool = Field(False, description="keep what was asked beside each answer")
     retention_days: int = Field(30, ge=1, description="history and expired answers are kept for so long")
+
+    experiments: dict[str, Experiment] = Field(default_factory=dict, description="variants to assign, by weight")
 
     # queues
     request_limit: int = Field(100_000, ge=1, description="requests waiting per partition before Overloaded")

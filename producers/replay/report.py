@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from producers.replay.record import COALESCED, LLM, Recorder, Usage, in_order
 from shared.prices import cost
+from shared.settings import Price
 
 #: The tiers that a report names even when nothing came from them.
 ALWAYS = ("l1", "l2", LLM)
@@ -98,15 +100,20 @@ def percentile(ordered: Sequence[float], q: float) -> float:
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else 0.0
 
 
-def build(recorder: Recorder, run: Setup, provider: Provider) -> Report:
-    """Add up a finished run. Takes time in proportion to its requests (and sorts their latencies once)."""
+def build(
+    recorder: Recorder, run: Setup, provider: Provider, prices: Mapping[str, Price] = MappingProxyType({})
+) -> Report:
+    """Add up a finished run, at list prices or the deployment's own (`prices`).
+
+    Takes time in proportion to its requests (and sorts their latencies once).
+    """
     total = len(recorder)
     by_way = recorder.latencies()
     named = in_order(list({*ALWAYS, *recorder.names} - {COALESCED}))
     tiers = {way: _way(by_way.get(way, []), total) for way in named}
     answered = total - sum(recorder.errors.values())
     without_call = answered - tiers[LLM].count
-    spent, saved = _money(recorder.spent), _money(recorder.saved)
+    spent, saved = _money(recorder.spent, prices), _money(recorder.saved, prices)
     without_cache = spent.dollars + saved.dollars
     return Report(
         run=run,
@@ -139,10 +146,10 @@ def _way(ordered: Sequence[float], total: int) -> Way:
     )
 
 
-def _money(calls: Counter[Usage]) -> Money:
+def _money(calls: Counter[Usage], prices: Mapping[str, Price]) -> Money:
     dollars, unpriced = 0.0, 0
     for (model, prompt, completion), times in calls.items():
-        price = cost(model, prompt, completion)
+        price = cost(model, prompt, completion, prices)
         if price is None:
             unpriced += times
         else:

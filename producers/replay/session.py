@@ -152,7 +152,7 @@ async def replay(settings: Settings, plan: Plan, prepared: Prepared, show: Show)
         interrupted=run.interrupted,
     )
     after = await _counters_later(url)
-    return recorder, report.build(recorder, setup, _provider(settings, recorder, before, after))
+    return recorder, report.build(recorder, setup, _provider(settings, recorder, before, after), settings.prices)
 
 
 async def counters(url: str) -> dict[str, int]:
