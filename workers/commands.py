@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +38,7 @@ class Kind(StrEnum):
 
     lookup = "lookup"
     llm = "llm"
+    promotion = "promotion"
 
 
 def up(
@@ -100,10 +102,7 @@ async def _work(kind: Kind, chosen: settings.Settings, as_json: bool) -> None:
             provider = f", provider {supervisor.provider_in_force(chosen)}" if kind is Kind.llm else ""
             Console(soft_wrap=True).print(f"[green]ready[/]  {kind.value} worker {name}{escape(provider)}")
 
-    if kind is Kind.lookup:
-        from workers.lookup import run
-    else:
-        from workers.llm import run
+    run = import_module(f"workers.{kind.value}").run
     if await _reach(embedded.resolve_url(chosen), stop):
         await run(chosen, stop, on_ready)
     _say_stopped(kind, names, as_json)
