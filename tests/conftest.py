@@ -2,6 +2,9 @@
 
 The suite runs on each server available: `MILLPOND_TEST_REDIS_URL` alone if set (it is flushed!); else the embedded
 Valkey and, when on PATH, `redis-server`; else a container.
+
+PostgreSQL: `MILLPOND_TEST_DATABASE_URL` if set (databases named `millpond_test_*` are made and dropped there), else the
+embedded one, else a container. Tests marked `every_postgresql` run on each server that Debian has installed as well.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,11 @@ from typing import Any
 import pytest
 import redis
 
-from shared import embedded
+from migrations import migrate
+from shared import embedded, postgres
 from shared.errors import ConfigError
 from shared.settings import Settings, load
+from tests import databases
 
 SEED = int(os.environ.get("MILLPOND_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
 
@@ -50,11 +54,6 @@ def _binary(kind: str) -> Path | None:
     return Path(found) if kind == "redis" and (found := shutil.which("redis-server")) else None
 
 
-def _docker_answers() -> bool:
-    docker = shutil.which("docker")
-    return docker is not None and subprocess.run([docker, "info"], capture_output=True, check=False).returncode == 0
-
-
 def _kinds() -> list[str]:
     if os.environ.get("MILLPOND_TEST_REDIS_URL"):
         return ["url"]
@@ -63,13 +62,19 @@ def _kinds() -> list[str]:
         embedded.find_binary()
         kinds.insert(0, "valkey")
     except ConfigError:
-        if not kinds and _docker_answers():
+        if not kinds and databases.docker_answers():
             kinds.append("container")
     return kinds or ["none"]
 
 
 def pytest_report_header() -> str:
-    return f"millpond: seed {SEED} (MILLPOND_TEST_SEED repeats it), servers: {', '.join(_kinds())}"
+    servers = ", ".join(_kinds() + databases.kinds())
+    return f"millpond: seed {SEED} (MILLPOND_TEST_SEED repeats it), servers: {servers}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "database_kind" in metafunc.fixturenames and metafunc.definition.get_closest_marker("every_postgresql"):
+        metafunc.parametrize("database_kind", databases.kinds(), indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +152,53 @@ def own_server(server_kind: str, tmp_path: Path) -> Iterator[embedded.EmbeddedRe
         yield running
 
 
+@pytest.fixture
+def database_kind(request: pytest.FixtureRequest) -> str:
+    """Which PostgreSQL this test runs on: the first there is, unless the test is marked `every_postgresql`."""
+    kind: str = getattr(request, "param", None) or databases.kinds()[0]
+    if kind == "none":
+        pytest.fail("no PostgreSQL to test on: pip install -e '.[dev]', or set MILLPOND_TEST_DATABASE_URL")
+    return kind
+
+
+@pytest.fixture(scope="session")
+def database_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[databases.Servers]:
+    """The PostgreSQL servers of this session; use `database`."""
+    running = databases.Servers(tmp_path_factory.mktemp("postgres"))
+    with running.stack:
+        yield running
+
+
+@pytest.fixture
+def database_server(database_kind: str, database_servers: databases.Servers) -> databases.Database:
+    """The server that the session's tests share, as its own database."""
+    return database_servers.get(database_kind)
+
+
+@pytest.fixture
+def database(database_server: databases.Database) -> Iterator[databases.Database]:
+    """A database of the test's own, with the schema and nothing in it."""
+    with databases.fresh(database_server) as made:
+        yield made
+
+
+@pytest.fixture
+def empty_database(database_server: databases.Database) -> Iterator[databases.Database]:
+    """A database of the test's own, before its first migration."""
+    with databases.fresh(database_server, migrated=False) as made:
+        yield made
+
+
+@pytest.fixture
+def own_database(database_kind: str, tmp_path: Path) -> Iterator[postgres.EmbeddedPostgres]:
+    """A private PostgreSQL, migrated, that the test may stop, kill and restart."""
+    if database_kind in ("url", "container"):
+        pytest.skip("needs a PostgreSQL of its own to kill")
+    with postgres.start(tmp_path / "own-database", binaries=databases.binaries(database_kind)) as running:
+        migrate(running.url)
+        yield running
+
+
 @pytest.fixture(params=[1, 4], ids=["1-partition", "4-partitions"])
 def partitions(request: pytest.FixtureRequest) -> int:
     """The number of partitions; tests of faults and invariants run with both."""
@@ -156,13 +208,20 @@ def partitions(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Settings]:
-    """Return a function that makes settings on the test's server (`server`, else `own_server`)."""
-    fixture = next((name for name in ("server", "own_server") if name in request.fixturenames), None)
-    url = request.getfixturevalue(fixture).url if fixture else None
+    """Return a function that makes settings on the test's servers.
+
+    These are `server`, else `own_server`, and `database`, else `own_database`, if the test uses any.
+    """
+
+    def url_of(*fixtures: str) -> str | None:
+        name = next((name for name in fixtures if name in request.fixturenames), None)
+        return request.getfixturevalue(name).url if name else None
+
+    url, database_url = url_of("server", "own_server"), url_of("database", "own_database")
     count = request.getfixturevalue("partitions") if "partitions" in request.fixturenames else None
 
     def make(**overrides: Any) -> Settings:
-        given = {"redis_url": url, "partitions": count, "data_dir": tmp_path / "data"}
+        given = {"redis_url": url, "database_url": database_url, "partitions": count, "data_dir": tmp_path / "data"}
         return load(**{name: value for name, value in given.items() if value is not None} | overrides)
 
     return make

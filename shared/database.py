@@ -1,0 +1,92 @@
+"""Connections to PostgreSQL: where it is, and a pool that suits the workers.
+
+Only workers and the operator's commands import this module; it needs asyncpg, which an application does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+import orjson
+
+from shared import postgres
+from shared.errors import Unavailable
+from shared.settings import Settings
+
+#: What any call on a pool or a connection raises when the server is away, slow, restarting, or refuses.
+DATABASE_ERRORS: tuple[type[BaseException], ...] = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    OSError,
+    TimeoutError,
+)
+
+CONNECT_TIMEOUT = 5.0
+_JSONB_VERSION = b"\x01"
+
+
+def resolve_database_url(settings: Settings) -> str | None:
+    """Return the PostgreSQL URL in force: the configured one, else the running embedded server's, else None.
+
+    None too when the settings do without a durable tier (`l3` is false).
+    """
+    if not settings.l3:
+        return None
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    return postgres.find(settings.data_dir)
+
+
+async def connect_pool(
+    where: Settings | str,
+    *,
+    name: str = "millpond",
+    size: int = 4,
+    min_size: int = 0,
+    command_timeout: float | None = 60.0,
+    **options: str,
+) -> asyncpg.Pool:
+    """Return a pool of at most `size` connections, made as they are needed: it does not wait for the server.
+
+    Unless `min_size` asks for connections at once. `name` is shown as the application's name in `pg_stat_activity`;
+    `command_timeout` (seconds) bounds each command; `options` are server settings of the sessions
+    (`statement_timeout="250"`). `jsonb` is read and written as Python values, also by COPY.
+
+    Raises:
+        Unavailable: the settings name no server and none is running; with `min_size`, it does not answer.
+    """
+    url = where if isinstance(where, str) else resolve_database_url(where)
+    if url is None:
+        raise Unavailable("no PostgreSQL: run `millpond up` in another terminal, or set MILLPOND_DATABASE_URL")
+    try:
+        return await asyncpg.create_pool(
+            url,
+            min_size=min_size,
+            max_size=size,
+            timeout=CONNECT_TIMEOUT,
+            command_timeout=command_timeout,
+            server_settings={"application_name": name, "jit": "off", "timezone": "UTC"} | options,
+            init=_prepare,
+        )
+    except DATABASE_ERRORS as error:
+        raise Unavailable(cannot_reach(error)) from None
+
+
+def cannot_reach(error: BaseException) -> str:
+    """Return what to tell whoever asked when the database could not be reached."""
+    return f"cannot reach PostgreSQL: {error or type(error).__name__}; `millpond doctor` says what to do"
+
+
+async def _prepare(connection: asyncpg.Connection) -> None:
+    await connection.set_type_codec(
+        "jsonb",
+        schema="pg_catalog",
+        encoder=lambda value: _JSONB_VERSION + orjson.dumps(value),
+        decoder=lambda stored: _loads(stored),
+        format="binary",  # COPY has no other
+    )
+
+
+def _loads(stored: bytes) -> Any:
+    return orjson.loads(stored[1:])
