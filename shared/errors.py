@@ -76,9 +76,11 @@ class DeadlineExceeded(MillpondError, TimeoutError):
 
 
 class NotCached(MillpondError):
-    """Nothing is cached for an `only-if-cached` request."""
+    """Nothing is cached for an `only-if-cached` request; `epoch` is the newest invalidation its worker knew of."""
 
     code = "not_cached"
+    details = ("epoch",)
+    epoch: str | None
 
 
 class Unavailable(MillpondError, ConnectionError):

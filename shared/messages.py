@@ -61,6 +61,17 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """What a request is, as far as statistics tell requests apart."""
+
+    profile: str
+    tenant: str
+    model: str
+    experiment: str | None = None
+    variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A request understood. `tags` are all it is invalidated by, save `all` and its own `key:`."""
 
@@ -77,8 +88,9 @@ class Question:
     own_tags: tuple[str, ...]
     tags: tuple[str, ...]
     endpoint: str
-    experiment: str | None
-    variant: str | None
+    kind: Kind
+    #: beta of XFetch
+    early_refresh: float
     #: whether the asking application computes a miss itself
     lead: bool
 
@@ -134,8 +146,8 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
         own_tags=own,
         tags=(f"profile:{name}", f"tenant:{tenant}", f"model:{model}", *own),
         endpoint=_endpoint(content, profile),
-        experiment=experiment,
-        variant=_variant(content, directives, experiment, rules),
+        kind=Kind(name, tenant, model, experiment, _variant(content, directives, experiment, rules)),
+        early_refresh=profile.early_refresh,
         lead=_truth(directives, "lead"),
     )
 

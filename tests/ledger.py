@@ -101,7 +101,8 @@ class Ledger:
         stored = held.get(k.entry(self.key))
         if stored is not None:
             must(self.answer_of(stored) == self.entry, "I7: the stored answer changed without landing")
-        told = [self.answer_of(fields[3]) for _, fields in held[k.landed]]
+        said = [dict(zip(fields[::2], fields[1::2], strict=True)) for _, fields in held[k.landed]]
+        told = [self.answer_of(fields[b"entry"]) for fields in said if b"entry" in fields]
         must(told == self.landed, "`landed` differs from what was stored")
         live = held.get(k.flight(self.key))
         if live is not None:

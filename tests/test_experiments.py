@@ -58,17 +58,17 @@ def test_a_variant_without_any_weight_is_refused() -> None:
 
 
 def test_a_request_that_names_no_variant_gets_its_units() -> None:
-    assert ask(experiment="greeting", unit="u1").variant == "b"
-    assert ask({"user": "u5"}, experiment="greeting").variant == "a"
-    assert ask({"user": "u5"}, experiment="greeting", unit="u1").variant == "b"
-    assert ask({"team": 7}, experiment="by-team").variant == "x"
+    assert ask(experiment="greeting", unit="u1").kind.variant == "b"
+    assert ask({"user": "u5"}, experiment="greeting").kind.variant == "a"
+    assert ask({"user": "u5"}, experiment="greeting", unit="u1").kind.variant == "b"
+    assert ask({"team": 7}, experiment="by-team").kind.variant == "x"
 
 
 def test_a_variant_given_is_taken_as_given() -> None:
-    assert ask(experiment="greeting", variant="c", unit="u1").variant == "c"
-    assert ask(experiment="undeclared", variant="c").variant == "c"
-    assert ask(experiment="undeclared").variant is None
-    assert (ask().experiment, ask().variant) == (None, None)
+    assert ask(experiment="greeting", variant="c", unit="u1").kind.variant == "c"
+    assert ask(experiment="undeclared", variant="c").kind.variant == "c"
+    assert ask(experiment="undeclared").kind.variant is None
+    assert (ask().kind.experiment, ask().kind.variant) == (None, None)
 
 
 def test_the_variant_is_not_part_of_the_key() -> None:

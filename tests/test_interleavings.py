@@ -185,7 +185,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     "land without epochs": (
         "overtaken",
         "land",
-        "elseif invalidated(KEYS[6], key, labels, epoch) then",
+        "elseif pruned(KEYS[6], epoch) or invalidated(KEYS[6], key, labels, epoch) then",
         "elseif false then",
     ),
     "land without the token": ("modes_bypass_default", "land", "if not current then", "if false then"),
@@ -201,7 +201,12 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "elseif flight[4] ~= '1' then",
         "elseif false then",
     ),
-    "land that leaves the flight": ("two_askers_x", "land", "if current then redis.call('DEL', KEYS[3]) end", ""),
+    "land that leaves the flight": (
+        "two_askers_x",
+        "land",
+        "if current then redis.call('DEL', KEYS[3], KEYS[9]) end",
+        "",
+    ),
     "land without its outcome": (
         "lease_lost",
         "land",
@@ -236,7 +241,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     "join aboard an overtaken flight": (
         "overtaken",
         "join",
-        "if not invalidated(KEYS[5], key, all, flight[2]) then",
+        "if not pruned(KEYS[5], flight[2]) and not invalidated(KEYS[5], key, all, flight[2]) then",
         "if true then",
     ),
     "join with the joiner's tags forgotten": (

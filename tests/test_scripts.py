@@ -48,10 +48,12 @@ class Pond:
     def join(self, *pairs: bytes | str, flight: str = "t", most: int = 9, until: int = FOREVER, **other: Any) -> Any:
         """Join with these (message id, waiter) pairs."""
         said: dict[str, Any] = {"mode": "default", "oldest": 0, "ttl": 60_000, "store": 1, "tags": "a"} | other
-        names = [K.requests, K.fills, K.entry(KEY), K.flight(KEY), K.tags, K.waiters(KEY, "")]
+        names = [
+            K.requests, K.fills, K.entry(KEY), K.flight(KEY), K.tags, K.waiters(KEY, ""), K.failed(KEY), K.refreshes,
+        ]  # fmt: skip
         return self.script(
             "join", names, "lookup", "w", KEY, flight, said["mode"], said["oldest"], said["ttl"], said["store"],
-            until, most, "{}", "{}", said["tags"], *pairs,
+            until, most, "{}", "{}", said["tags"], said.get("lease", 0), "llm", *pairs,
         )  # fmt: skip
 
     def fly(self, flight: str = "t", **other: Any) -> bytes:
@@ -82,6 +84,12 @@ class Pond:
         entry = text.encode() + meta + b"\n" + body
         self.run("SET", K.entry(KEY), entry, "PX", 60_000)
         return entry
+
+    def waiters(self) -> list[bytes]:
+        """Return who waits, without when each was published."""
+        aboard = self.run("LRANGE", K.waiters(KEY, "t"), 0, -1)
+        assert all(one.rpartition(b" ")[2].isdigit() for one in aboard)
+        return [one.rpartition(b" ")[0] for one in aboard]
 
     def invalidate(self, *tags: str) -> str:
         """Invalidate."""
@@ -128,7 +136,7 @@ def test_a_full_queue_still_lets_others_join(pond: Pond) -> None:
 
 def test_the_first_of_a_batch_begins_and_the_rest_join(pond: Pond) -> None:
     assert pond.join(pond.request(), "c r1", pond.request(), "c r2") == [b"BEGUN", b"t", 2]
-    assert pond.run("LRANGE", K.waiters(KEY, "t"), 0, -1) == [b"c r1 0", b"c r2 1"]
+    assert pond.waiters() == [b"c r1 0", b"c r2 1"]
 
 
 def test_a_request_nobody_waits_for_begins_a_flight_without_waiters(pond: Pond) -> None:
@@ -140,13 +148,13 @@ def test_a_request_nobody_waits_for_begins_a_flight_without_waiters(pond: Pond) 
 def test_only_owned_messages_of_a_batch_are_joined(pond: Pond) -> None:
     mine, other = pond.request(), pond.request(reader="someone")
     assert pond.join(mine, "c r1", other, "c r2") == [b"BEGUN", b"t", 1]
-    assert pond.run("LRANGE", K.waiters(KEY, "t"), 0, -1) == [b"c r1 0"]
+    assert pond.waiters() == [b"c r1 0"]
 
 
 def test_the_first_of_a_batch_that_is_still_owned_began_it(pond: Pond) -> None:
     other, mine = pond.request(reader="someone"), pond.request()
     pond.join(other, "c r1", mine, "c r2")
-    assert pond.run("LRANGE", K.waiters(KEY, "t"), 0, -1) == [b"c r2 0"]
+    assert pond.waiters() == [b"c r2 0"]
 
 
 def test_joining_lengthens_the_life_of_a_flight_and_never_shortens_it(pond: Pond) -> None:
@@ -240,28 +248,28 @@ def test_an_answer_with_line_breaks_and_null_bytes_is_stored_as_it_is(pond: Pond
 )
 def test_fetch_deletes_what_is_no_entry(pond: Pond, junk: bytes) -> None:
     pond.run("SET", K.entry(KEY), junk, "PX", 60_000)
-    assert pond.script("fetch", [K.tags, K.entry(KEY)], KEY, "") == [2]
+    assert pond.script("fetch", [K.tags, K.entry(KEY)], KEY, "") == [b"0", 2]
     assert not pond.run("EXISTS", K.entry(KEY))
 
 
-@pytest.mark.parametrize("tag", ["a", "all", f"key:{KEY}", "#floor"])
+@pytest.mark.parametrize("tag", ["a", "all", f"key:{KEY}", "prefix:a"])
 def test_fetch_deletes_what_was_invalidated(pond: Pond, tag: str) -> None:
     pond.store("1-1", "a")
     pond.invalidate(tag)
-    assert pond.script("fetch", [K.tags, K.entry(KEY)], KEY, "") == [1]
+    assert pond.script("fetch", [K.tags, K.entry(KEY)], KEY, "") == [b"0", 1]
     assert not pond.run("EXISTS", K.entry(KEY))
 
 
 def test_fetch_withholds_an_entry_from_a_request_whose_own_tag_was_invalidated(pond: Pond) -> None:
     entry = pond.store("1-1", "a")
     pond.invalidate("b")
-    assert pond.script("fetch", [K.tags, K.entry(KEY), K.entry(KEY)], KEY, "b", KEY, "") == [0, entry]
+    assert pond.script("fetch", [K.tags, K.entry(KEY), K.entry(KEY)], KEY, "b", KEY, "") == [b"0", 0, entry]
 
 
 def test_an_entry_as_new_as_the_invalidation_stays(pond: Pond) -> None:
     at = pond.invalidate("a")
     entry = pond.store(at, "a")
-    assert pond.script("fetch", [K.tags, K.entry(KEY)], KEY, "a") == [entry]
+    assert pond.script("fetch", [K.tags, K.entry(KEY)], KEY, "a") == [b"0", entry]
 
 
 def test_the_log_keeps_its_newest(pond: Pond) -> None:

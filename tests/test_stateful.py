@@ -336,4 +336,4 @@ def test_a_hole_is_found(server: Server, tmp_path: Path, monkeypatch: pytest.Mon
         for script in SCRIPTS.values():
             connection.script_load(script.source)
     with pytest.raises(AssertionError):
-        run_against_the_model(server, tmp_path, max_examples=600, phases=[hypothesis.Phase.generate])
+        run_against_the_model(server, tmp_path, max_examples=1500, phases=[hypothesis.Phase.generate])

@@ -20,7 +20,7 @@ from shared.keys import PartitionKeys
 from shared.messages import SCHEMA
 from tests import faults_support
 from tests.faults_support import Pond, Raw, answers, outcomes, until
-from workers import llm, lookup
+from workers import joining, llm, lookup
 
 pond = faults_support.pond
 own_pond = faults_support.own_pond
@@ -188,7 +188,7 @@ async def test_a_call_outlives_the_deadline_of_who_asked_first_and_is_joined_not
     pond: Pond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grace = 1.5
-    monkeypatch.setattr(lookup, "_GRACE_MS", int(grace * 1000))
+    monkeypatch.setattr(joining, "_GRACE_MS", int(grace * 1000))
     pond.options |= {"llm_lease": 60.0, "simulated_first_token": 2.5}
     async with pond.working("lookup", "llm"), pond.client() as client:
         began = time.time()

@@ -35,7 +35,7 @@ class World(Ledger):
         )
         ask.message = replies[1][0][1][0][0]
         self.requests[ask.message] = who
-        found = replies[2][0]
+        found = replies[2][1]
         if isinstance(found, bytes) and ask.reads:
             self.serve(ask, self.flights[self.answer_of(found)])
             return found
@@ -53,11 +53,15 @@ class World(Ledger):
         k, key, labels = self.k, self.key, set(ask.tags)
         token = token if ask.shared else f"{self.client}.{ask.id}"
         spec = {"endpoint": "responses", "model": "m", "tags": sorted(labels), "ttl_ms": TTL_MS}
+        spec |= dict.fromkeys(("stale_ms", "error_ms"), 0) | {"probation_ms": KEEP_MS}
         (_, now) = await self.link.send([("PING",), ("TIME",)])
-        names = [k.requests, k.fills, k.entry(key), k.flight(key), k.tags, k.waiters(key, "")]
+        names = [
+            k.requests, k.fills, k.entry(key), k.flight(key), k.tags, k.waiters(key, ""), k.failed(key), k.refreshes,
+        ]  # fmt: skip
         args: list[Arg] = [
             keys.LOOKUP_GROUP, who, key, token, ask.mode, 0, TTL_MS, int(ask.stores), server_ms(now) + KEEP_MS, 100,
-            b"{}", orjson.dumps(spec), "\n".join(sorted(labels)), ask.message, waiter(self.client, ask.id.encode()),
+            b"{}", orjson.dumps(spec), "\n".join(sorted(labels)), 0, keys.LLM_GROUP, ask.message,
+            waiter(self.client, ask.id.encode()),
         ]  # fmt: skip
         result = await self.link.call(self.call("join", names, args))
         status, owned = result[0].decode(), self.requests.get(ask.message) == who

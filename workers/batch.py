@@ -10,7 +10,8 @@ from shared.counters import Counters
 from shared.entry import Entry
 from shared.errors import InvalidRequest
 from shared.link import Command
-from shared.messages import Question, label
+from shared.messages import Kind, Question, label
+from shared.touches import Touches
 from workers.consumer import Message
 from workers.outbox import Outbox
 
@@ -29,6 +30,16 @@ class Ask:
 
 
 @dataclass(slots=True)
+class Hits:
+    """The requests of one client that one entry answers. `since_ms`: when the first of them was published."""
+
+    entry: Entry
+    kind: Kind
+    since_ms: int
+    request_ids: list[bytes]
+
+
+@dataclass(slots=True)
 class Batch:
     """What one turn has in hand. `not_after_ms`: when this worker's claim on it may end, by the server's clock."""
 
@@ -36,22 +47,26 @@ class Batch:
     not_after_ms: int
     outbox: Outbox
     answered: list[bytes] = field(default_factory=list)
-    #: the requests that an entry answers, by client, tier and key: told in one payload
-    hits: dict[tuple[str, str, str], tuple[Entry, list[bytes]]] = field(default_factory=dict)
+    #: the requests that an entry answers, by client, tier, key and variant: told in one payload
+    hits: dict[tuple[str, str, str, str | None], Hits] = field(default_factory=dict)
     #: requests of other partitions: the commands that hand them over, and the messages to retire once they did
     moves: list[Command] = field(default_factory=list)
     moved: list[bytes] = field(default_factory=list)
     #: dead letters and unreadable entries to do away with
     chores: list[Command] = field(default_factory=list)
+    #: entries to be refreshed: expired softly, or about to
+    refreshes: dict[str, tuple[Ask, Entry]] = field(default_factory=dict)
     missing: dict[tuple[Question, bytes], list[Ask]] = field(default_factory=dict)
 
     def hit(self, ask: Ask, entry: Entry, tier: str) -> None:
         """Answer one request from `tier`, together with all others of its client for the same entry."""
-        found = self.hits.get((ask.client, tier, entry.key))
+        kind = ask.question.kind
+        found = self.hits.get(group := (ask.client, tier, entry.key, kind.variant))
         if found is None:
-            self.hits[ask.client, tier, entry.key] = entry, [ask.request_id]
+            since_ms = int(ask.message_id.split(b"-")[0])
+            self.hits[group] = Hits(entry, kind, since_ms, [ask.request_id])
         else:
-            found[1].append(ask.request_id)
+            found.request_ids.append(ask.request_id)
         self.answered.append(ask.message_id)
 
     def answer(self, ask: Ask, payload: bytes) -> None:
@@ -59,11 +74,22 @@ class Batch:
         self.outbox.add(ask.client, ask.request_id, payload)
         self.answered.append(ask.message_id)
 
-    def take(self, counters: Counters) -> tuple[list[Command], list[bytes]]:
+    def take(self, counters: Counters, touches: Touches) -> tuple[list[Command], list[bytes]]:
         """Return the replies so far, and the messages they answer; count the hits."""
-        for (client, tier, _), (entry, request_ids) in self.hits.items():
-            counters.add(f"hit.{tier}", len(request_ids))
-            self.outbox.add(client, b" ".join(request_ids), entry.reply(tier, self.now_ms))
+        for (client, tier, key, _), hits in self.hits.items():
+            entry, count = hits.entry, len(hits.request_ids)
+            counters.add(f"hit.{tier}", count)
+            touches.touch(key, tier, count)
+            touches.add(
+                tier,
+                hits.kind,
+                count,
+                self.now_ms - hits.since_ms,
+                tokens=entry.tokens,
+                cost=entry.cost,
+                saved_ms=entry.compute_ms,
+            )
+            self.outbox.add(client, b" ".join(hits.request_ids), entry.reply(tier, self.now_ms))
         answered, self.answered = self.answered, []
         self.hits.clear()
         return self.outbox.take(self.not_after_ms), answered

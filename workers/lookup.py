@@ -2,7 +2,7 @@
 
 A batch of requests is read in one pipeline with the invalidations, so it is judged against every invalidation that
 was acknowledged before any of them was published. Hits are answered first; misses are joined to a flight and
-acknowledged in the same step.
+acknowledged in the same step. What L1 and L2 do not hold is looked for in L3 on the side, while the next batch is read.
 """
 
 from __future__ import annotations
@@ -13,23 +13,27 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-import orjson
-
 from shared import keys
+from shared.database import resolve_database_url
 from shared.entry import Entry, Unreadable, unpack
 from shared.errors import DeadlineExceeded, InvalidRequest, MillpondError, NotCached, Overloaded, Poisoned
 from shared.faults import fault_point
 from shared.keys import PartitionKeys, partition_of
-from shared.link import LINK_ERRORS, Command
+from shared.link import LINK_ERRORS, Command, Link
 from shared.messages import MAX_DEADLINE, Question, Rules, label, understand
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from shared.tiers.l1 import L1
+from shared.tiers.l3 import L3
+from shared.touches import Touches
 from workers.answered import Answered
 from workers.batch import Ask, Batch, read_ask
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
-from workers.outbox import Outbox, error_payload, waiter
+from workers.dives import Dives
+from workers.joining import Joining, lead_payload
+from workers.outbox import Outbox, error_payload
+from workers.refreshing import Refreshing
 from workers.runtime import run_crew
 
 log = logging.getLogger("millpond.worker")
@@ -39,7 +43,8 @@ _BATCH = 48
 _REMEMBERED = 4096
 _FIELDS = (b"id", b"reply", b"deadline", b"body", b"cache")
 _REMEMBER_UP_TO = 8192
-_GRACE_MS = 5000
+#: Batches that may be looking into L3 at once.
+_DIVES = 8
 _LONGEST_MS = int(MAX_DEADLINE * 1000)
 
 
@@ -48,9 +53,10 @@ class LookupConsumer(Consumer):
 
     group = keys.LOOKUP_GROUP
 
-    def __init__(self, crew: Crew, partition_keys: PartitionKeys) -> None:
+    def __init__(self, crew: Crew, partition_keys: PartitionKeys, *, l3: L3 | None = None) -> None:
         super().__init__(crew, partition_keys)
         settings = crew.settings
+        self.l3 = l3
         self.l1 = L1(entries=-(-settings.l1_entries // crew.partitions), size=settings.l1_bytes // crew.partitions)
         rules = Rules.of(settings)
         #: understanding is a pure function of a request's bytes, and the same questions come again
@@ -59,7 +65,11 @@ class LookupConsumer(Consumer):
         self._log_at = b""
         patience = self.tick / 4
         self._answered = Answered(self.keys.requests, self.group, self.name, most=_BATCH, patience=patience)
-        self._flights = 0
+        self._joining = Joining(self.keys, settings, self.group, self.name)
+        self._touches = Touches(self.keys.touches, settings.touches_limit)
+        self._refreshing = Refreshing(self._joining, self.link, self.counters, rules.profiles.values())
+        #: batches that look into L3
+        self._dives = Dives(_DIVES)
 
     @property
     def lease(self) -> float:
@@ -72,8 +82,8 @@ class LookupConsumer(Consumer):
         return (self.keys.requests,)
 
     def in_hand(self, stream: str, message_id: bytes) -> bool:
-        """Answered already, and about to be retired."""
-        return message_id in self._answered
+        """Being looked for in L3, or answered already and about to be retired."""
+        return message_id in self._dives or message_id in self._answered
 
     async def prepare(self) -> None:
         """Create the group; begin to follow the invalidation log at its end, with nothing in L1."""
@@ -106,11 +116,11 @@ class LookupConsumer(Consumer):
             self.l1.clear()
         for entry_id, fields in log if gap else log[1:]:
             self._log_at = entry_id
-            tags = dict(zip(fields[::2], fields[1::2], strict=True)).get(b"tags")
-            if tags is None:
+            said = dict(zip(fields[::2], fields[1::2], strict=True))
+            if b"tags" in said:
+                self.l1.invalidate(said[b"tags"].decode(errors="replace").split("\n"))
+            elif b"count" not in said:  # an inquiry invalidates nothing
                 self.l1.clear()  # written by other hands; whatever it meant, nothing stale is served
-            else:
-                self.l1.invalidate(tags.decode(errors="replace").split("\n"))
 
     async def turn(self) -> None:
         """Reply to the last batch, read the next and the new invalidations, all in one write; judge it."""
@@ -122,7 +132,7 @@ class LookupConsumer(Consumer):
             ("TIME",),
         )
         try:
-            results = await self.read([*replies, *retiring, *reading])
+            results = await self.read([*replies, *retiring, *self._touches.report(), *reading])
         except LINK_ERRORS:
             self._answered.put_back(replies, messages)
             raise
@@ -135,10 +145,10 @@ class LookupConsumer(Consumer):
 
     async def drain(self) -> None:
         """Tell and retire what was answered, because no read follows."""
-        replies, messages = self._answered.take()
-        self._answered.confirm(messages, await self.link.post(replies))
+        await self._dives.end()
+        await self._tell()
         retiring, count = self._answered.due(now=True)
-        await self.link.send(retiring)
+        await self.link.send([*retiring, *self._touches.report(now=True)])
         self._answered.retired(count)
 
     async def handle_reclaimed(self, stream: str, messages: list[Message], since_ms: int) -> None:
@@ -169,24 +179,30 @@ class LookupConsumer(Consumer):
                 # It stays pending, is delivered again, and at last buried; the others of its batch are not held up.
                 log.exception("%s: cannot read %s", self.name, message.id.decode())
         fault_point("lookup_before_reply")
-        if batch.missing:
-            await self._look_in_l2(batch)
-        if batch.missing or batch.chores:
-            await self._join(batch)
-        self._answered.add(*batch.take(self.counters))
+        fence = await self._look_in_l2(batch) if batch.missing else b""
+        deep = [q for q, _ in batch.missing if q.reads] if self.l3 is not None and self.l3.open else []
+        if deep:
+            missing, batch.missing = batch.missing, {}
+            sunk = Batch(batch.now_ms, batch.not_after_ms, Outbox(self.settings.reply_limit), missing=missing)
+            ids = [ask.message_id for asks in missing.values() for ask in asks]
+            await self._dives.begin(ids, self._dive(sunk, fence))
+        elif batch.missing or batch.chores:
+            await self._join(batch, self.reading)
+        self._answered.add(*batch.take(self.counters, self._touches))
+        self._refreshing.send(batch)
         if batch.moves:
             await self._move(batch)
         if batch.chores:
             await self.link.send(batch.chores)
 
-    async def _send(self, batch: Batch, extra: list[Command]) -> list[Any]:
+    async def _send(self, batch: Batch, extra: list[Command], link: Link) -> list[Any]:
         """Send the replies so far and `extra` behind them; return the results of `extra`.
 
-        On the reading connection: nothing blocks it while a batch is in hand.
+        On the reading connection while a batch is in hand: nothing blocks it. What happens on the side has the other.
         """
-        self._answered.add(*batch.take(self.counters))
+        self._answered.add(*batch.take(self.counters, self._touches))
         replies, messages = self._answered.take()
-        results = await self.reading.post([*replies, *extra])
+        results = await link.post([*replies, *extra])
         self._answered.confirm(messages, results[: len(replies)])
         return self.checked(results[len(replies) :])
 
@@ -213,11 +229,14 @@ class LookupConsumer(Consumer):
                 ask, error_payload(DeadlineExceeded("the deadline had passed before a worker saw the request"))
             )
         else:
+            if question.lead and not ask.client:
+                self._refuse(batch, message, InvalidRequest("who computes needs a reply channel", field="reply"))
+                return
             entry = self.l1.get(question.key, batch.now_ms) if question.reads else None
             # Tags the entry does not carry were not watched for it: the server's markers must be asked.
             tagged = not question.own_tags or (entry and set(question.own_tags) <= set(entry.tags))
             if entry and tagged and _fits(entry, question, batch.now_ms):
-                batch.hit(ask, entry, "l1")
+                self._serve(batch, [ask], entry, "l1")
             else:
                 alone = ask.request_id if question.mode == "bypass" else b""
                 batch.missing.setdefault((question, alone), []).append(ask)
@@ -250,25 +269,62 @@ class LookupConsumer(Consumer):
 
     # the tiers below
 
-    async def _look_in_l2(self, batch: Batch) -> None:
-        """Answer from L2 what it holds; the replies of L1 go out in the same pipeline, ahead of it."""
+    async def _look_in_l2(self, batch: Batch) -> bytes:
+        """Answer from L2 what it holds; L1's replies go out in the same pipeline, ahead of it. Return the fence."""
         asked = [(question, asks) for (question, _), asks in batch.missing.items() if question.reads]
         if not asked:
-            return
+            return b""
         clock = self.l1.clock
         fetch = SCRIPTS["fetch"].call(
             [self.keys.tags, *(self.keys.entry(q.key) for q, _ in asked)],
             [part for q, _ in asked for part in (q.key, "\n".join(q.own_tags))],
         )
-        (found,) = await self._send(batch, [fetch])
+        ((fence, *found),) = await self._send(batch, [fetch], self.reading)
         for (question, asks), text in zip(asked, found, strict=True):
             if isinstance(text, int):
                 self.counters.add(("absent", "invalidated", "unreadable")[text], len(asks) if not text else 1)
             elif entry := self._open(batch, question.key, text):
                 self.l1.put(entry, clock=clock)
-                if _fits(entry, question, batch.now_ms):
-                    self._serve(batch, asks, entry)
-                    del batch.missing[question, b""]
+                self._found(batch, question, asks, entry, "l2")
+        return bytes(fence)
+
+    def _found(self, batch: Batch, question: Question, asks: list[Ask], entry: Entry, tier: str) -> None:
+        if _fits(entry, question, batch.now_ms):
+            self._serve(batch, asks, entry, tier)
+            del batch.missing[question, b""]
+
+    async def _dive(self, batch: Batch, fence: bytes) -> None:
+        """Answer from L3 what may still be served; put the rest aboard flights."""
+        await self._look_in_l3(batch, fence)
+        await self._join(batch, self.link)
+        self._answered.add(*batch.take(self.counters, self._touches))
+        self._refreshing.send(batch)
+        await self._tell()
+        if batch.chores:
+            await self.link.send(batch.chores)
+
+    async def _tell(self) -> None:
+        """Send what was answered, without waiting for the next read."""
+        replies, messages = self._answered.take()
+        self._answered.confirm(messages, await self.link.post(replies))
+
+    async def _look_in_l3(self, batch: Batch, fence: bytes) -> None:
+        asked = {question.key: (question, asks) for (question, _), asks in batch.missing.items() if question.reads}
+        assert self.l3 is not None  # noqa: S101 (nobody dives without one)
+        found = await self.l3.find(list(asked))
+        if not found:
+            return
+        clock = self.l1.clock
+        there = [(*asked[key], text) for key, text in found.items()]
+        rehydrate = SCRIPTS["rehydrate"].call(
+            [self.keys.tags, *(self.keys.entry(question.key) for question, _, _ in there)],
+            [fence, *(a for q, _, text in there for a in (q.key, text, q.probation_ms, "\n".join(q.own_tags)))],
+        )
+        (judged,) = await self._send(batch, [rehydrate], self.link)
+        for (question, asks, text), valid in zip(there, judged, strict=True):
+            if valid and (entry := self._open(batch, question.key, text)) and entry.expires_ms > batch.now_ms:
+                self.l1.put(entry, clock=clock)
+                self._found(batch, question, asks, entry, "l3")
 
     def _open(self, batch: Batch, key: str, text: bytes) -> Entry | None:
         try:
@@ -278,58 +334,31 @@ class LookupConsumer(Consumer):
             batch.chores.append(("UNLINK", self.keys.entry(key)))
             return None
 
-    def _serve(self, batch: Batch, asks: list[Ask], entry: Entry) -> None:
+    def _serve(self, batch: Batch, asks: list[Ask], entry: Entry, tier: str) -> None:
         for ask in asks:
-            batch.hit(ask, entry, "l2")
+            batch.hit(ask, entry, tier)
+        self._refreshing.consider(batch, asks[0], entry)
 
-    async def _join(self, batch: Batch) -> None:
+    # joining
+
+    async def _join(self, batch: Batch, link: Link) -> None:
         """Put what no tier holds aboard a flight; the script acknowledges it."""
         aboard: list[tuple[Question, list[Ask]]] = []
         for (question, _), asks in batch.missing.items():
             if question.mode == "only-if-cached":
-                refusal = error_payload(NotCached("nothing is cached for this request"))
+                epoch = self._log_at.decode()
+                refusal = error_payload(NotCached("nothing is cached for this request", epoch=epoch))
                 self.counters.add("not_cached", len(asks))
                 for ask in asks:
                     batch.answer(ask, refusal)
             else:
                 aboard.append((question, asks))
-        joins = [self._join_command(question, asks, batch.now_ms) for question, asks in aboard]
+        joins = [self._joining.join(question, asks, batch.now_ms) for question, asks in aboard]
         chores, batch.chores = batch.chores, []
-        results = await self._send(batch, [*chores, *joins])
+        results = await self._send(batch, [*chores, *joins], link)
         fault_point("lookup_after_join")
         for (question, asks), result in zip(aboard, results[len(chores) :], strict=True):
             self._joined(batch, question, asks, result)
-
-    def _join_command(self, question: Question, asks: list[Ask], now_ms: int) -> Command:
-        self._flights += 1
-        first = asks[0]
-        bypass = question.mode == "bypass"
-        token = f"{first.client}.{first.request_id.decode()}" if bypass else f"{self.name}.{self._flights}"
-        spec = {
-            "endpoint": question.endpoint,
-            "model": question.model,
-            "tags": question.tags,
-            "ttl_ms": question.ttl_ms,
-            "stale_ms": question.stale_ms,
-            "error_ms": question.error_ms,
-            "probation_ms": question.probation_ms,
-            "profile": question.profile,
-            "tenant": question.tenant,
-            "experiment": question.experiment,
-            "variant": question.variant,
-            "cache": orjson.Fragment(first.cache or b"{}"),
-        }
-        oldest = 0 if question.max_age_ms is None else now_ms - question.max_age_ms
-        k, key = self.keys, question.key
-        return SCRIPTS["join"].call(
-            [k.requests, k.fills, k.entry(key), k.flight(key), k.tags, k.waiters(key, "")],
-            [
-                self.group, self.name, key, token, question.mode, oldest, question.ttl_ms, int(question.stores),
-                max(ask.deadline_ms for ask in asks) + _GRACE_MS, self.settings.fill_limit,
-                first.body, orjson.dumps(spec), "\n".join(question.tags),
-                *(part for ask in asks for part in (ask.message_id, waiter(ask.client, ask.request_id))),
-            ],
-        )  # fmt: skip
 
     def _joined(self, batch: Batch, question: Question, asks: list[Ask], result: list[Any]) -> None:
         status = result[0]
@@ -338,20 +367,48 @@ class LookupConsumer(Consumer):
             self.counters.add("collapsed", result[2] - 1)
         elif status == b"JOINED":
             self.counters.add("collapsed", result[2])
+        elif status == b"LEAD":
+            self.counters.add("led")
+            self.counters.add("collapsed", result[2] - 1)
+            lease, partition = self.settings.compute_lease, self.keys.partition
+            batch.outbox.add(*lead_payload(question, result, lease, partition))
         elif status == b"FULL":
             self.counters.add("overloaded", len(asks))
             error: MillpondError = Overloaded("the LLM workers' queue is full; try again later", retry_after=1.0)
             for ask in asks:
                 batch.answer(ask, error_payload(error))
-        elif status == b"HIT" and (entry := self._open(batch, question.key, result[1])):
-            self._serve(batch, asks, entry)
+        elif status == b"FAILED":
+            self.counters.add("failed_lately", len(asks))
+            for ask in asks:
+                batch.answer(ask, b'{"error":%b}' % result[1])
+        elif status in (b"HIT", b"STALE") and (entry := self._open(batch, question.key, result[1])):
+            if status == b"HIT":
+                self._serve(batch, asks, entry, "l2")
+            else:
+                self.counters.add("stale_if_error", len(asks))
+                for ask in asks:
+                    batch.answer(ask, entry.reply("l2", batch.now_ms, degraded=True))
         # LOST, or an unreadable entry: nothing was acknowledged; whoever owns the messages joins them again.
 
 
 def _fits(entry: Entry, question: Question, now_ms: int) -> bool:
+    if question.lead and entry.fresh_ms <= now_ms:
+        return False  # nobody else can refresh what the application computes
     return question.max_age_ms is None or entry.created_ms >= now_ms - question.max_age_ms
 
 
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
     """Run a lookup worker over every partition until `stop` is set."""
-    await run_crew("lookup", settings, stop, on_ready, LookupConsumer)
+    tiers: list[L3] = []
+
+    def consumer(crew: Crew, partition_keys: PartitionKeys) -> LookupConsumer:
+        url = resolve_database_url(settings)
+        if url is not None and not tiers:
+            tiers.append(L3(url, crew.counters, timeout=settings.l3_timeout))
+        return LookupConsumer(crew, partition_keys, l3=tiers[0] if tiers else None)
+
+    try:
+        await run_crew("lookup", settings, stop, on_ready, consumer)
+    finally:
+        for tier in tiers:
+            await tier.close()

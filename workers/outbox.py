@@ -36,7 +36,7 @@ class Outbox:
         """Answer everyone aboard a flight: who began it with `first`, who joined with `rest`."""
         groups: defaultdict[tuple[str, bool], dict[bytes, None]] = defaultdict(dict)
         for aboard in waiters:
-            client, request_id, joined = aboard.split(b" ")
+            client, request_id, joined, _ = aboard.split(b" ")
             groups[client.decode(), joined == b"1"][request_id] = None
         for (to, late), ids in groups.items():
             self._replies[to] += (b" ".join(ids), rest if late else first)

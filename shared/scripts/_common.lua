@@ -98,6 +98,14 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
+-- The error JSON that a failed key still answers with; nil once its time is up. 'UNTIL_MS FAILURES\n' error-JSON
+local function failed_until(failed_key)
+  local text = redis.call('GET', failed_key)
+  local until_ms, at = string.match(text or '', '^(%d+) %d+\n()')
+  if until_ms and tonumber(until_ms) > now_ms() then return string.sub(text, at) end
+  return nil
+end
+
 -- Let `key` live at least until `at_ms`; never shorten its life.
 local function keep_until(key, at_ms)
   if redis.call('PTTL', key) == -1 then

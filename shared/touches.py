@@ -1,0 +1,91 @@
+"""Touches: how often what was answered, gathered in a worker and reported about once a second in one message.
+
+`promotion` reads the hits per key, `persistence` the statistics. A report that is lost is lost: no hit waits for one.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from shared.link import Command
+from shared.messages import Kind
+
+#: Upper bounds of the latency histogram's buckets, in milliseconds; a last one has no bound.
+BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
+#: The tiers whose hits are reported per key, in this order.
+KEYED = ("l1", "l2", "l3")
+_EVERY = 1.0
+_MOST_KEYS = 2000
+
+
+@dataclass(slots=True)
+class _Sum:
+    hits: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    saved_ms: int = 0
+    histogram: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+
+
+class Touches:
+    """What one consumer answered since its last report."""
+
+    def __init__(self, stream: str, limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._keys: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(KEYED))
+        self._sums: defaultdict[tuple[str, Kind], _Sum] = defaultdict(_Sum)
+        self._due = 0.0
+
+    def touch(self, key: str, tier: str, hits: int) -> None:
+        """Count hits of one key."""
+        self._keys[key][KEYED.index(tier)] += hits
+
+    def add(
+        self,
+        tier: str,
+        kind: Kind,
+        hits: int,
+        latency_ms: int,
+        *,
+        tokens: tuple[int, int] = (0, 0),
+        cost: float | None = None,
+        saved_ms: int = 0,
+    ) -> None:
+        """Count `hits` requests answered by `tier` after `latency_ms`; each saved `tokens`, `cost` and `saved_ms`."""
+        total = self._sums[tier, kind]
+        total.hits += hits
+        total.prompt_tokens += tokens[0] * hits
+        total.completion_tokens += tokens[1] * hits
+        total.cost += (cost or 0.0) * hits
+        total.saved_ms += saved_ms * hits
+        total.histogram[bisect_left(BOUNDS, latency_ms)] += hits
+
+    def report(self, *, now: bool = False) -> list[Command]:
+        """Return the command that reports what was counted, if there is anything and it is time; forget it."""
+        moment = time.monotonic()
+        if not self._sums or not (now or moment >= self._due or len(self._keys) >= _MOST_KEYS):
+            return []
+        self._due = moment + _EVERY
+        stats: list[list[Any]] = [
+            [
+                tier, kind.profile, kind.tenant, kind.model, kind.experiment, kind.variant, s.hits, s.prompt_tokens,
+                s.completion_tokens, s.cost, s.saved_ms, s.histogram,
+            ]
+            for (tier, kind), s in self._sums.items()
+        ]  # fmt: skip
+        data = orjson.dumps({"keys": self._keys, "stats": stats})
+        self.clear()
+        return [("XADD", self._stream, "NOMKSTREAM", "MAXLEN", "~", self._limit, "*", "data", data)]
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self._keys.clear()
+        self._sums.clear()

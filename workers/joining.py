@@ -1,0 +1,107 @@
+"""How a lookup worker puts what no tier holds aboard a flight: the commands, and what they came to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from shared import keys
+from shared.keys import PartitionKeys
+from shared.link import Command
+from shared.messages import Question
+from shared.scripts import SCRIPTS, Arg
+from shared.settings import Settings
+from workers.batch import Ask
+from workers.outbox import waiter
+
+_GRACE_MS = 5000
+#: A refresh that nobody has taken up for this long is given up.
+_REFRESH_MS = 600_000
+
+
+class Joining:
+    """Writes the joins and refreshes of one consumer, each with a token that nobody else gives."""
+
+    def __init__(self, partition_keys: PartitionKeys, settings: Settings, group: str, name: str) -> None:
+        self._keys = partition_keys
+        self._settings = settings
+        self._owner = (group, name)
+        self._flights = 0
+
+    def _token(self) -> str:
+        self._flights += 1
+        return f"{self._owner[1]}.{self._flights}"
+
+    def join(self, question: Question, asks: list[Ask], now_ms: int) -> Command:
+        """Return the command that puts these requests aboard."""
+        first, k, key = asks[0], self._keys, question.key
+        bypass = question.mode == "bypass"
+        oldest = 0 if question.max_age_ms is None else now_ms - question.max_age_ms
+        lease_ms = int(self._settings.compute_lease * 1000) if question.lead else 0
+        return SCRIPTS["join"].call(
+            [
+                k.requests, k.fills, k.entry(key), k.flight(key), k.tags, k.waiters(key, ""), k.failed(key),
+                k.refreshes,
+            ],
+            [
+                *self._owner, key, f"{first.client}.{first.request_id.decode()}" if bypass else self._token(),
+                question.mode, oldest, question.ttl_ms, int(question.stores),
+                max(ask.deadline_ms for ask in asks) + _GRACE_MS, self._settings.fill_limit,
+                first.body, spec_of(first), "\n".join(question.tags), lease_ms, keys.LLM_GROUP,
+                *(part for ask in asks for part in (ask.message_id, waiter(ask.client, ask.request_id))),
+            ],
+        )  # fmt: skip
+
+    def refresh(self, stale: list[tuple[Ask, int]]) -> Command:
+        """Return the command that has answers computed anew, unless younger than `created` (ms) given with each."""
+        k = self._keys
+        names = [k.refreshes, k.tags]
+        args: list[Arg] = [self._settings.fill_limit, _REFRESH_MS]
+        for ask, created_ms in stale:
+            question, key = ask.question, ask.question.key
+            names += [k.entry(key), k.flight(key), k.failed(key)]
+            args += [
+                key, self._token(), ask.body, spec_of(ask), "\n".join(question.tags), question.ttl_ms, created_ms,
+            ]  # fmt: skip
+        return SCRIPTS["revalidate"].call(names, args)
+
+
+def spec_of(ask: Ask) -> bytes:
+    """Return what a fill says beside the body (JSON): how to compute it, how to keep it, what it counts as."""
+    question, kind = ask.question, ask.question.kind
+    spec: dict[str, Any] = {
+        "endpoint": question.endpoint,
+        "model": question.model,
+        "tags": question.tags,
+        "ttl_ms": question.ttl_ms,
+        "stale_ms": question.stale_ms,
+        "error_ms": question.error_ms,
+        "probation_ms": question.probation_ms,
+        "profile": kind.profile,
+        "tenant": kind.tenant,
+        "experiment": kind.experiment,
+        "variant": kind.variant,
+        "cache": orjson.Fragment(ask.cache or b"{}"),
+    }
+    return orjson.dumps(spec)
+
+
+def lead_payload(question: Question, result: list[Any], lease: float, partition: int) -> tuple[str, bytes, bytes]:
+    """Return the client, request id and payload that make an application compute its request itself."""
+    _, token, _, who, epoch, tags, ttl_ms = result
+    client, request_id = who.split(b" ")
+    lead = {
+        "token": token.decode(),
+        "epoch": epoch.decode(),
+        "key": question.key,
+        "partition": partition,
+        "lease": lease,
+        "ttl_ms": int(ttl_ms),
+        "stale_ms": question.stale_ms,
+        "error_ms": question.error_ms,
+        "probation_ms": question.probation_ms,
+        "tags": tags.decode().split("\n"),
+        "model": question.model,
+    }
+    return client.decode(), request_id, orjson.dumps({"lead": lead})
