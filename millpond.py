@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from producers.blocking import BlockingClient
     from producers.client import Client
     from producers.reply import Reply
+    from producers.store import Found, Info
     from shared.errors import (
+        ComputeError,
         ConfigError,
         ContentFiltered,
         DeadlineExceeded,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         ProviderTimeout,
         ProviderUnreachable,
         RateLimited,
+        Superseded,
         Unavailable,
     )
     from shared.settings import Settings
@@ -39,9 +42,12 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockingClient",
     "Client",
+    "ComputeError",
     "ConfigError",
     "ContentFiltered",
     "DeadlineExceeded",
+    "Found",
+    "Info",
     "InvalidRequest",
     "MillpondError",
     "NotCached",
@@ -53,6 +59,7 @@ __all__ = [
     "RateLimited",
     "Reply",
     "Settings",
+    "Superseded",
     "Unavailable",
 ]
 
@@ -60,6 +67,8 @@ __all__ = [
 _HOMES = {
     "BlockingClient": "producers.blocking",
     "Client": "producers.client",
+    "Found": "producers.store",
+    "Info": "producers.store",
     "Reply": "producers.reply",
     "Settings": "shared.settings",
 }

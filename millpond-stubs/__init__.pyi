@@ -1,6 +1,9 @@
 from producers.blocking import BlockingClient as BlockingClient
 from producers.client import Client as Client
 from producers.reply import Reply as Reply
+from producers.store import Found as Found
+from producers.store import Info as Info
+from shared.errors import ComputeError as ComputeError
 from shared.errors import ConfigError as ConfigError
 from shared.errors import ContentFiltered as ContentFiltered
 from shared.errors import DeadlineExceeded as DeadlineExceeded
@@ -13,15 +16,19 @@ from shared.errors import ProviderError as ProviderError
 from shared.errors import ProviderTimeout as ProviderTimeout
 from shared.errors import ProviderUnreachable as ProviderUnreachable
 from shared.errors import RateLimited as RateLimited
+from shared.errors import Superseded as Superseded
 from shared.errors import Unavailable as Unavailable
 from shared.settings import Settings as Settings
 
 __all__ = [
     "BlockingClient",
     "Client",
+    "ComputeError",
     "ConfigError",
     "ContentFiltered",
     "DeadlineExceeded",
+    "Found",
+    "Info",
     "InvalidRequest",
     "MillpondError",
     "NotCached",
@@ -33,6 +40,7 @@ __all__ = [
     "RateLimited",
     "Reply",
     "Settings",
+    "Superseded",
     "Unavailable",
 ]
 __version__: str

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from producers.cached import BlockingDecorator, Recipe
 from producers.client import Client
+from producers.degraded import Degraded
 from shared.errors import Unavailable
 from shared.profiles import DEFAULT_PROFILE
 from shared.settings import Settings
@@ -43,15 +45,19 @@ class BlockingClient:
         settings: Settings | None = None,
         tenant: str = "default",
         profile: str = DEFAULT_PROFILE,
+        degraded: Degraded = "fail",
+        degrade_after: float = 1.0,
     ) -> None:
-        self._client = Client(url, settings=settings, tenant=tenant, profile=profile)
+        self._client = Client(
+            url, settings=settings, tenant=tenant, profile=profile, degraded=degraded, degrade_after=degrade_after
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="millpond", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
         try:
-            self._run(self._client.connect())
+            self._run(self._client.__aenter__())
         except BaseException:
             self.close()
             raise
@@ -73,7 +79,30 @@ class BlockingClient:
 
     ask = _blocking(Client.ask)
     ask_body = _blocking(Client.ask_body)
+    embed = _blocking(Client.embed)
+    get = _blocking(Client.get)
+    put = _blocking(Client.put)
+    exists = _blocking(Client.exists)
+    delete = _blocking(Client.delete)
+    info = _blocking(Client.info)
+    get_or_compute = _blocking(Client.get_or_compute)
     invalidate = _blocking(Client.invalidate)
+
+    def cached(
+        self,
+        *,
+        profile: str,
+        key: str | Callable[..., Any] | None = None,
+        tags: Sequence[str] | Callable[..., Sequence[str]] = (),
+        ttl: float | None = None,
+        tenant: str | None = None,
+        scope: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> BlockingDecorator:
+        """As `Client.cached`; the function, which runs in a thread of its own, stays a plain one."""
+        return BlockingDecorator(
+            self, Recipe(key, tags), profile=profile, ttl=ttl, tenant=tenant, scope=scope, timeout=timeout
+        )
 
     def close(self) -> None:
         """As `Client.close`; safe to call twice."""

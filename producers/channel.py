@@ -54,6 +54,13 @@ class ReplyChannel:
         #: the server's, and no two clocks keep together for ever
         self.clock_offset = 0.0
         self._task: asyncio.Task[None] | None = None
+        self._heard = self._loop.time()
+        self._failing: float | None = None
+
+    def silence(self) -> float:
+        """Return for how many seconds the server has not answered, beyond what a blocking read takes."""
+        now = self._loop.time()
+        return now - self._failing if self._failing is not None else max(0.0, now - self._heard - _BLOCK_MS / 1000)
 
     async def open(self) -> None:
         """Create the channel and begin to read; raises one of `LINK_ERRORS`."""
@@ -85,8 +92,10 @@ class ReplyChannel:
         while True:
             try:
                 await self._read_once()
-                pause = 0.02
+                pause, self._heard, self._failing = 0.02, self._loop.time(), None
             except (*LINK_ERRORS, RedisError) as error:
+                if isinstance(error, LINK_ERRORS) and self._failing is None:
+                    self._failing = self._loop.time()
                 log.debug("reply channel: %s; trying again", error)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(pause * 2, 1.0)

@@ -31,8 +31,14 @@ class Outgoing:
     body: bytes
     cache: bytes
     future: asyncio.Future[Any]
+    #: whether who asks computes a miss itself
+    lead: bool = False
     #: sent before, on a connection that was cut
     repeated: bool = False
+    #: answered otherwise meanwhile: not to be published any more
+    withdrawn: bool = False
+    #: how many invalidations this client had issued when it asked
+    clock: int = 0
 
 
 class Publisher:
@@ -68,7 +74,7 @@ class Publisher:
     def _flush(self) -> None:
         self._flushing = None
         queue, self._queue = self._queue, []
-        for partition, part in self._by_partition([o for o in queue if not o.future.done()]):
+        for partition, part in self._by_partition([o for o in queue if not (o.withdrawn or o.future.done())]):
             for at in range(0, len(part), _AT_ONCE):
                 sent = part[at : at + _AT_ONCE]
                 self._link.post([self._command(partition, sent)]).add_done_callback(partial(self._published, sent))

@@ -6,6 +6,8 @@
     ├── Overloaded             refused before it was accepted; try again after `retry_after` seconds
     ├── DeadlineExceeded       (a TimeoutError) no outcome arrived before the caller's own deadline
     ├── NotCached              `mode="only-if-cached"` and nothing was cached
+    ├── Superseded             a `put` came too late: what it was computed from was invalidated, or a newer one is there
+    ├── ComputeError           the application that computed a value for all who asked raised
     ├── Unavailable            (a ConnectionError) Redis could not be reached
     ├── Poisoned               the message repeatedly killed its workers and was dead-lettered
     └── ProviderError          the LLM provider answered with an error; `status` is its HTTP status
@@ -81,6 +83,20 @@ class NotCached(MillpondError):
     code = "not_cached"
     details = ("epoch",)
     epoch: str | None
+
+
+class Superseded(MillpondError):
+    """A value was not stored: it was invalidated since it began to be computed, or a newer one is there."""
+
+    code = "superseded"
+
+
+class ComputeError(MillpondError):
+    """The application that computed a value for all who asked raised; `kind` is the name of its exception."""
+
+    code = "compute_error"
+    details = ("kind",)
+    kind: str | None
 
 
 class Unavailable(MillpondError, ConnectionError):

@@ -324,11 +324,11 @@ def _asked(content: dict[str, Any], profile: Profile) -> Any:
     if "input" not in content:
         raise InvalidRequest("the body needs messages or input", field="messages")
     asked = content["input"]
-    if not isinstance(asked, str | list) or not asked or (isinstance(asked, str) and not asked.strip()):
-        raise InvalidRequest("input must be a text or a list, and not empty", field="input")
-    if profile.normalise:
-        return [fold(x) if isinstance(x, str) else x for x in asked] if isinstance(asked, list) else fold(asked)
-    return asked
+    if not isinstance(asked, str | list | dict) or not asked or (isinstance(asked, str) and not asked.strip()):
+        raise InvalidRequest("input must be a text, a list or an object, and not empty", field="input")
+    if profile.normalise and isinstance(asked, list):
+        return [fold(x) if isinstance(x, str) else x for x in asked]
+    return fold(asked) if profile.normalise and isinstance(asked, str) else asked
 
 
 def _blank(message: dict[str, Any]) -> bool:
