@@ -6,6 +6,7 @@ import asyncio
 import random
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
@@ -31,6 +32,7 @@ _LOOK = 0.1
 _CONNECT_AGAIN = 1.0
 #: Seconds for which leaving waits for what others wait for.
 _PATIENCE = 1.0
+_ELECTED = 4096
 
 
 class Directives(TypedDict, total=False):
@@ -72,6 +74,8 @@ class Connection:
         self._waiting: dict[str, Outgoing] = {}
         self._chores: set[asyncio.Task[None]] = set()
         self._leading: set[Leader] = set()
+        #: the newest elections somebody here was told of: a request published twice is elected twice
+        self._elected: OrderedDict[str, None] = OrderedDict()
         self._endings: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Lock | None = None
         self._link: Link | None = None
@@ -243,18 +247,28 @@ class Connection:
                 self._publisher.publish(self._waiting[request_id])
             return
         outgoing = self._waiting.pop(request_id, None)
-        if outgoing is None or outgoing.future.done():  # told before, expired, or cancelled
-            if payload.startswith(_LEAD):
-                self._decline(Grant.read(payload))
+        if payload.startswith(_LEAD):
+            self._elect(Grant.read(payload), outgoing)
+        elif outgoing is None or outgoing.future.done():
+            return  # told before, expired, or cancelled
         elif payload.startswith(_ERROR):
             outgoing.future.set_exception(error_of(payload))
-        elif payload.startswith(_LEAD):
-            outgoing.future.set_result(Grant.read(payload))
         else:
             reply = Reply(payload, request_id)
             if self._fallback is not None:
                 self._fallback.remember(reply, outgoing.clock)
             outgoing.future.set_result(reply)
+
+    def _elect(self, grant: Grant, outgoing: Outgoing | None) -> None:
+        if grant.token in self._elected:
+            return
+        self._elected[grant.token] = None
+        if len(self._elected) > _ELECTED:
+            self._elected.popitem(last=False)
+        if outgoing is None or outgoing.future.done():
+            self._decline(grant)
+        else:
+            outgoing.future.set_result(grant)
 
     def _decline(self, grant: Grant) -> None:
         """Nobody is here to compute it any more: the next of those who wait is elected at once."""

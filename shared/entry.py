@@ -61,8 +61,8 @@ class Entry:
     tags: tuple[str, ...]
     #: the constant end of a reply's JSON object: `"key":…,"model":…,"provider":…,"epoch":…,"body":…}`
     tail: bytes
-    #: a value that is no JSON; it follows the reply's JSON
-    blob: bytes = b""
+    #: a value that is no JSON, perhaps an empty one; it follows the reply's JSON
+    blob: bytes | None = None
     compute_ms: int = 0
     tokens: tuple[int, int] = (0, 0)
     cost: float | None = None
@@ -70,7 +70,7 @@ class Entry:
     @property
     def size(self) -> int:
         """Bytes this entry weighs in a bounded store."""
-        return len(self.tail) + len(self.blob) + 64 * len(self.tags) + 400
+        return len(self.tail) + len(self.blob or b"") + 64 * len(self.tags) + 400
 
     def reply(self, tier: str, now_ms: int, *, collapsed: bool = False, degraded: bool = False) -> bytes:
         """Return the reply payload that serves this entry from `tier` at `now_ms`."""
@@ -107,9 +107,9 @@ def payload(
     ) + tail
 
 
-def framed(text: bytes, blob: bytes) -> bytes:
+def framed(text: bytes, blob: bytes | None) -> bytes:
     """Return a reply's JSON, followed by the bytes of a value that is none: `#LENGTH`, a line end, JSON, bytes."""
-    return b"#%d\n%b%b" % (len(text), text, blob) if blob else text
+    return b"#%d\n%b%b" % (len(text), text, blob) if blob is not None else text
 
 
 def tail_of(key: str, model: str, body: bytes, *, provider: str | None = None, epoch: str = "0-0") -> bytes:
@@ -156,9 +156,9 @@ def unpack(key: str, text: bytes) -> Entry:
             raise Unreadable("unknown version")
         *tags, meta, packed = rest.split(b"\n", int(count) + 1)
         about: dict[str, Any] = orjson.loads(meta)
-        body, blob = _decoded(about["enc"], packed), b""
-        if value := about.get("value"):
-            body, blob = orjson.dumps(value), body
+        body, blob = _decoded(about["enc"], packed), None
+        if described := about.get("value"):
+            body, blob = orjson.dumps(described), body
         fresh_ms = int(created) + int(ttl)
         prompt_tokens, completion_tokens = about["tokens"]
         return Entry(
