@@ -59,6 +59,7 @@ class Client(Computing):
         scope: Mapping[str, str] | None = None,
         experiment: str | None = None,
         variant: str | None = None,
+        unit: str | None = None,
         timeout: float | None = None,
         **fields: Any,
     ) -> Reply:
@@ -68,7 +69,8 @@ class Client(Computing):
         are (and count in the key). `ttl` and `max_age` bound how long the answer may be served and how old a stored
         one may be, `timeout` how long to wait here, all in seconds. Without `model` the workers' default is asked.
         `mode`: `default`; `refresh` (recompute and store); `only-if-cached`; `no-store` (read, but do not store);
-        `bypass` (neither). `experiment` and `variant` are labels the request is counted under.
+        `bypass` (neither). `experiment` and `variant` are labels the request is counted under; without a `variant` one
+        the deployment declares is drawn by its `unit`, a user's id for instance.
 
         Raises:
             InvalidRequest: a field is wrong; `.field` names it.
@@ -102,6 +104,7 @@ class Client(Computing):
             scope=scope,
             experiment=experiment,
             variant=variant,
+            unit=unit,
             timeout=timeout,
         )
 

@@ -47,6 +47,7 @@ class Directives(TypedDict, total=False):
     scope: Mapping[str, str] | None
     experiment: str | None
     variant: str | None
+    unit: str | None
 
 
 class Connection:
