@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
+import asyncpg
 import orjson
 
-from shared.entry import pack
+from shared.entry import pack, unpack
 from shared.keys import PROMOTION_GROUP, PartitionKeys, partition_of
 from tests.faults_support import Pond, until
 
@@ -70,16 +72,37 @@ class Shelf:
         """Return the moment when the entry leaves L2."""
         return int(self.redis.execute_command("PEXPIRETIME", self.names(number).entry(key(number))))
 
-    def report(self, hits: Mapping[int, list[int]], **fields: Any) -> None:
+    def report(self, hits: Mapping[int, list[int]], *, at: str = "*") -> None:
         """Report hits (of L1, L2, L3) of some keys of one partition, as a lookup worker does."""
         names = self.names(next(iter(hits)))
         data = orjson.dumps({"keys": {key(number): counts for number, counts in hits.items()}, "stats": []})
-        self.redis.xadd(names.touches, {"data": data} | fields)
+        self.redis.xadd(names.touches, {"data": data}, id=at)
 
     def invalidate(self, number: int, *tags: str) -> None:
         """Mark tags as invalidated just now."""
         now = f"{int(time.time() * 1000)}-0"
         self.redis.hset(self.names(number).tags, mapping={"#last": now} | dict.fromkeys(tags, now))
+
+    async def keep(self, url: str, number: int, text: bytes) -> None:
+        """Store an entry in PostgreSQL, as the persistence worker does."""
+        entry = unpack(key(number), text)
+        epoch_ms, epoch_seq = (int(part) for part in entry.epoch.split("-"))
+        times = [
+            datetime.fromtimestamp(ms / 1000, UTC)
+            for ms in (entry.created_ms, entry.fresh_ms, entry.expires_ms, entry.gone_ms)
+        ]
+        row = {
+            "key": bytes.fromhex(key(number)), "partition": self.names(number).partition, "epoch_ms": epoch_ms,
+            "epoch_seq": epoch_seq, "created": times[0], "fresh": times[1], "expires": times[2], "gone": times[3],
+            "tags": list(entry.tags), "profile": "response", "tenant": "default", "model": "m", "provider": "p",
+            "prompt_tokens": 1, "completion_tokens": 1, "compute_ms": 1, "bytes": len(text), "entry": text,
+        }  # fmt: skip
+        connection = await asyncpg.connect(url)
+        try:
+            places = ", ".join(f"${n + 1}" for n in range(len(row)))
+            await connection.execute(f"INSERT INTO answers ({', '.join(row)}) VALUES ({places})", *row.values())
+        finally:
+            await connection.close()
 
     async def handled(self) -> None:
         """Wait until every report was read and acknowledged."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 
 from shared import keys
+from shared.database import resolve_database_url
 from shared.entry import Entry, Unreadable, unpack
 from shared.faults import fault_point
 from shared.keys import PartitionKeys, partition_of
@@ -26,6 +27,7 @@ from shared.link import Command, Link
 from shared.profiles import DEFAULT_PROFILE, Profile
 from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings
+from shared.tiers.l3 import L3
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
 from workers.runtime import run_crew
@@ -44,6 +46,8 @@ _WRITTEN_AT_ONCE = 50
 #: How much of a life is granted while Redis is short of memory.
 _UNDER_PRESSURE = 0.1
 _KEY_LENGTH = 32
+#: Seconds to wait for PostgreSQL: nobody else does.
+_PATIENCE = 2.0
 _HOUR_MS = 3_600_000
 
 _FIND = "SELECT key, entry FROM answers WHERE key = ANY($1::bytea[]) AND gone > now()"
@@ -270,8 +274,20 @@ async def sweep(
 
 
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
-    """Run a promotion worker until `stop` is set."""
-    await run_crew("promotion", settings, stop, on_ready, PromotionConsumer)
+    """Run a promotion worker over every partition until `stop` is set."""
+    url = resolve_database_url(settings)
+    tiers: list[L3] = []
+
+    def consumer(crew: Crew, partition_keys: PartitionKeys) -> PromotionConsumer:
+        if url is not None and not tiers:
+            tiers.append(L3(url, crew.counters, timeout=_PATIENCE))
+        return PromotionConsumer(crew, partition_keys, l3=tiers[0] if tiers else None)
+
+    try:
+        await run_crew("promotion", settings, stop, on_ready, consumer)
+    finally:
+        for tier in tiers:
+            await tier.close()
 
 
 def _in_order(message_id: bytes) -> tuple[int, int]:
