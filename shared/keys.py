@@ -36,6 +36,11 @@ def reply(client: str) -> str:
     return f"mp:reply:{client}"
 
 
+def schedule(name: str) -> str:
+    """String: what the last run of one scheduled job came to, JSON, kept for a week."""
+    return f"mp:schedule:{name}"
+
+
 def worker(name: str) -> str:
     """String: heartbeat of one worker process, JSON, expires when the worker stops renewing it."""
     return f"mp:worker:{name}"

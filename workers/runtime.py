@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import orjson
 from redis.exceptions import ResponseError
@@ -69,6 +69,36 @@ async def run_crew(
         await link.close()
 
 
+async def run_alone(
+    kind: str,
+    settings: Settings,
+    stop: asyncio.Event,
+    on_ready: Callable[[str], None],
+    work: Callable[[Crew, asyncio.Event, Callable[[], None]], Awaitable[None]],
+) -> None:
+    """Run `work(crew, stop, ready)`, which consumes no streams, as one worker: settled, with a heartbeat and counters.
+
+    Raises:
+        ConfigError: the deployment was born otherwise than this process is configured.
+        Unavailable: no server answers.
+    """
+    url = resolve_url(settings)
+    link = Link(url, name=f"millpond-{kind}-beat")
+    try:
+        crew = Crew(kind, settings, url, await settle(link, settings.partitions), f"{kind}-{secrets.token_hex(6)}")
+        beat = asyncio.create_task(_beat(crew, link, stop))
+        try:
+            await work(crew, stop, lambda: on_ready(crew.name))
+        finally:
+            beat.cancel()
+            await asyncio.gather(beat, return_exceptions=True)
+        await _flush(crew, link, farewell=True)
+        if crew.disowned is not None:
+            raise crew.disowned
+    finally:
+        await link.close()
+
+
 async def _all_ready(consumers: list[Consumer], then: Callable[[], None]) -> None:
     for consumer in consumers:
         await consumer.ready.wait()
@@ -113,3 +143,6 @@ async def _flush(crew: Crew, link: Link, *, farewell: bool = False) -> None:
         crew.counters.put_back(taken)
         if not farewell:
             raise
+    else:
+        if crew.settings.heartbeat_file is not None:
+            crew.settings.heartbeat_file.touch()
