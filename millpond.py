@@ -84,6 +84,7 @@ _COMMANDS = {
     "stats": ("workers.commands", "stats"),
     "dead": ("workers.commands", "dead"),
     "bench": ("producers.bench.command", "bench"),
+    "schedule": ("workers.schedule_command", "schedule"),
     "doctor": ("workers.commands", "diagnose"),
 }
 

@@ -177,9 +177,13 @@ class Settings(BaseSettings):
     breaker_reset: float = Field(10.0, gt=0, description="seconds after which an open circuit is probed")
     prices: dict[str, Price] = Field(default_factory=dict, description="dollars per million tokens, by model")
     memory_mark: float = Field(0.8, gt=0, le=1, description="share of maxmemory above which Redis is relieved")
-    memory_limit: int | None = Field(None, ge=1, description="bytes of Redis that count as full if it sets no maxmemory")
+    memory_limit: int | None = Field(
+        None, ge=1, description="bytes of Redis that count as full if it sets no maxmemory"
+    )
     warm_top: int = Field(0, ge=0, description="so many of the most asked keys are kept warm; 0: none")
-    heartbeat_file: Path | None = Field(None, description="touched while a worker is alive, for a container's health check")
+    heartbeat_file: Path | None = Field(
+        None, description="touched while a worker is alive, for a container's health check"
+    )
 
     # the simulated provider
     simulated_first_token: float = Field(0.6, ge=0, description="seconds before the first token")

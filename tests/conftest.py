@@ -32,7 +32,7 @@ SEED = int(os.environ.get("MILLPOND_TEST_SEED") or random.SystemRandom().randran
 
 #: Keys that may live without a TTL.
 KEPT = re.compile(
-    rb"\{mp:\d+\}:(requests|fills|refreshes|landed|touches|invalidations|dead|tags)|mp:deployment|mp:stats"
+    rb"\{mp:\d+\}:(requests|fills|refreshes|landed|touches|invalidations|dead|tags)|mp:deployment|mp:stats|mp:arq"
 )
 GROUPED = (b"requests", b"fills", b"refreshes", b"landed", b"touches", b"invalidations")
 

@@ -41,6 +41,7 @@ COUNTERS = {
     "handed_over": "requests moved to the partition they belong to",
     "abandoned": "computations dropped because nobody waited any longer",
     "leases_lost": "computations taken over by another worker; nothing written by the first",
+    "memory_alerts": "times Redis' memory rose above its mark",
     "dead": "messages put among the dead letters",
 }
 

@@ -1,0 +1,139 @@
+"""What the schedule runs: each job once per tick in the whole deployment, or by hand with `millpond schedule run`.
+
+A job is idempotent, bounded in time, and safe beside another run of itself. What it did, or why it failed, is kept in
+`mp:schedule:NAME` for a week.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import orjson
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from shared import keys
+from shared.errors import MillpondError
+from workers import housekeeping, memory, orphans
+from workers.desk import Desk, Result
+
+log = logging.getLogger("millpond.schedule")
+
+_KEEP_MS = 7 * 86_400_000
+#: What is told of an error at most.
+_LONGEST = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One scheduled job. `when` are arq's cron fields (UTC), `every` says the same in words; `timeout` in seconds."""
+
+    name: str
+    what: str
+    every: str
+    when: Mapping[str, Any]
+    run: Callable[[Desk], Awaitable[Result]]
+    timeout: float = 300.0
+
+
+async def _memory(desk: Desk) -> Result:
+    return await memory.watch(desk.link, desk.settings)
+
+
+async def _orphans(desk: Desk) -> Result:
+    return dict(await orphans.audit(desk.link, desk.partitions, desk.settings))
+
+
+JOBS: dict[str, Job] = {
+    job.name: job
+    for job in (
+        Job(
+            "memory",
+            "watch Redis' memory; above its mark, tell the workers to spare it",
+            "5 s",
+            {"second": set(range(0, 60, 5))},
+            _memory,
+            timeout=5.0,
+        ),
+        Job(
+            "orphans",
+            "end flights whose fill is gone, and tell who waited for them",
+            "minute",
+            {"second": 20},
+            _orphans,
+            timeout=50.0,
+        ),
+        Job(
+            "dead_consumers",
+            "remove the consumers of workers long gone",
+            "10 minutes",
+            {"minute": set(range(3, 60, 10)), "second": 40},
+            housekeeping.dead_consumers,
+            timeout=60.0,
+        ),
+        Job(
+            "partitions",
+            "create the day partitions of the next week",
+            "hour",
+            {"minute": 7, "second": 0},
+            housekeeping.partitions,
+        ),
+        Job(
+            "roll_up",
+            "keep the most asked keys of each past hour, drop the tail",
+            "hour",
+            {"minute": 4, "second": 0},
+            housekeeping.roll_up,
+        ),
+        Job(
+            "retention",
+            "drop history and answers past their time",
+            "hour",
+            {"minute": 37, "second": 0},
+            housekeeping.retention,
+            timeout=600.0,
+        ),
+    )
+}
+
+
+async def perform(desk: Desk, job: Job, by: Literal["schedule", "hand"]) -> Result:
+    """Run one job and record what came of it; return the record. Its own failure is recorded, not raised.
+
+    The record has `name`, `at` (when it began, ISO 8601), `seconds`, `by`, `ok`, and `result` or `error`.
+
+    Raises:
+        redis.ConnectionError, redis.TimeoutError: Redis cannot be reached, so nothing can be recorded either.
+    """
+    at, began = datetime.now(UTC), time.monotonic()
+    said: Result
+    try:
+        async with asyncio.timeout(job.timeout):
+            said = {"ok": True, "result": await job.run(desk)}
+    except (RedisConnectionError, RedisTimeoutError):
+        raise
+    except Exception as error:
+        log.warning("%s failed", job.name, exc_info=not isinstance(error, MillpondError))
+        said = {"ok": False, "error": _words(error, job)}
+    record = {
+        "name": job.name,
+        "at": at.isoformat(timespec="milliseconds"),
+        "seconds": round(time.monotonic() - began, 3),
+        "by": by,
+        **said,
+    }
+    await desk.link.call(("SET", keys.schedule(job.name), orjson.dumps(record, default=str), "PX", _KEEP_MS))
+    return record
+
+
+def _words(error: BaseException, job: Job) -> str:
+    if isinstance(error, TimeoutError):
+        return f"not done within {job.timeout:g} s"
+    text = error.message if isinstance(error, MillpondError) else f"{type(error).__name__}: {error}"
+    return text[:_LONGEST]
