@@ -29,7 +29,7 @@ from workers import tables
 
 deployment = command_line.deployment
 
-COMMANDS = ("up", "worker", "ask", "replay", "demo", "invalidate", "stats", "dead", "bench", "doctor")
+COMMANDS = ("up", "worker", "ask", "replay", "demo", "invalidate", "stats", "dead", "bench", "schedule", "doctor")
 
 
 # the front door

@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
 import redis
 
-from shared import console, embedded
+from shared import console, embedded, keys
 from shared.errors import ConfigError, Unavailable
 from shared.settings import Settings
 from workers import overview
@@ -61,6 +62,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         yield _version(server)
         yield _eviction(server)
         yield _persistence(server)
+        yield from _memory(connection, server, settings)
         yield from _deployment(connection, settings)
 
 
@@ -144,6 +146,32 @@ def _persistence(server: dict[str, Any]) -> Finding:
     )
 
 
+def _memory(connection: redis.Redis, server: dict[str, Any], settings: Settings) -> Iterator[Finding]:
+    used, limit = int(server["used_memory"]), int(server.get("maxmemory", 0)) or settings.memory_limit
+    if not limit:
+        yield Finding("ok", "memory", f"{used / 1e6:,.0f} MB used, no limit to compare with")
+        return
+    detail = f"{used / 1e6:,.0f} of {limit / 1e6:,.0f} MB used, mark at {settings.memory_mark:.0%}"
+    if connection.execute_command("EXISTS", keys.PRESSURE):
+        advice = "give Redis more memory, or shorten the TTLs; meanwhile refreshes rest and answers leave Redis earlier"
+        yield Finding("warn", "memory", f"{detail}: above it", advice)
+    else:
+        yield Finding("ok", "memory", detail)
+
+
+def _schedule(connection: redis.Redis) -> Iterator[Finding]:
+    """What the scheduled jobs last came to, where one failed."""
+    from workers.jobs import JOBS
+
+    records = [orjson.loads(text) for text in connection.execute_command("MGET", *map(keys.schedule, JOBS)) if text]
+    failed = [record for record in records if not record["ok"]]
+    for record in failed:
+        advice = f"millpond schedule run {record['name']} tries again at once"
+        yield Finding("warn", "schedule", f"{record['name']} failed: {record['error']}", advice)
+    if records and not failed:
+        yield Finding("ok", "schedule", f"{len(records)} jobs have run, none failed")
+
+
 def _deployment(connection: redis.Redis, settings: Settings) -> Iterator[Finding]:
     seen = overview.look(connection)
     if seen.workers:
@@ -164,6 +192,7 @@ def _deployment(connection: redis.Redis, settings: Settings) -> Iterator[Finding
         )
     yield from _workers(seen)
     yield from _queues(seen, settings)
+    yield from _schedule(connection)
     if seen.dead:
         advice = "millpond dead list says why; then millpond dead retry, or millpond dead discard"
         yield Finding("warn", "dead letters", str(seen.dead), advice)

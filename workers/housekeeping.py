@@ -31,8 +31,8 @@ async def partitions(desk: Desk) -> Result:
     pool = await desk.database()
     if pool is None:
         return NO_DATABASE
-    await pool.execute("SELECT ensure_partitions($1)", DAYS_AHEAD)
-    return {"days_ahead": DAYS_AHEAD}
+    created = await pool.fetchval("SELECT ensure_partitions($1)", DAYS_AHEAD)
+    return {"days_ahead": DAYS_AHEAD, "created": list(created)}
 
 
 async def retention(desk: Desk) -> Result:
@@ -55,7 +55,7 @@ async def retention(desk: Desk) -> Result:
     """
     return {
         "days": days,
-        "partitions_dropped": list(dropped or []),
+        "partitions_dropped": list(dropped),
         "answers_deleted": await _in_batches(lambda: pool.execute(answers, days, BATCH)),
         "audit_rows_deleted": await _in_batches(lambda: pool.execute(audits, days, BATCH)),
     }

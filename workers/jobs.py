@@ -50,6 +50,15 @@ async def _orphans(desk: Desk) -> Result:
     return dict(await orphans.audit(desk.link, desk.partitions, desk.settings))
 
 
+async def _promotion_sweep(desk: Desk) -> Result:
+    from workers.promotion import sweep
+
+    pool = await desk.database()
+    if pool is None:
+        return housekeeping.NO_DATABASE
+    return dict(await sweep(desk.link, pool, desk.settings, desk.partitions))
+
+
 JOBS: dict[str, Job] = {
     job.name: job
     for job in (
@@ -76,6 +85,13 @@ JOBS: dict[str, Job] = {
             {"minute": set(range(3, 60, 10)), "second": 40},
             housekeeping.dead_consumers,
             timeout=60.0,
+        ),
+        Job(
+            "promotion_sweep",
+            "keep the most asked answers in Redis, and bring back those that left it",
+            "10 minutes",
+            {"minute": set(range(6, 60, 10)), "second": 10},
+            _promotion_sweep,
         ),
         Job(
             "partitions",
