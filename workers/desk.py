@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from importlib import import_module
 from typing import Any
 
+from asyncpg import Pool
+
+from shared.database import connect_pool, resolve_database_url
 from shared.link import Link
 from shared.settings import Settings
 
@@ -20,21 +22,16 @@ class Desk:
         self.settings = settings
         self.partitions = partitions
         self.link = Link(url, name="millpond-schedule")
-        self._pool: Any = None
+        self._pool: Pool | None = None
         self._opening = asyncio.Lock()
 
-    async def database(self) -> Any:
-        """Return a pool of connections to PostgreSQL, opened at first use; None where the deployment has none.
-
-        Raises:
-            Unavailable: it has one that does not answer.
-        """
-        database = import_module("shared.database")
+    async def database(self) -> Pool | None:
+        """Return connections to PostgreSQL, made as they are needed; None where the deployment has no database."""
         async with self._opening:
             if self._pool is None:
-                url = database.resolve_database_url(self.settings)
+                url = resolve_database_url(self.settings)
                 if url is not None:
-                    self._pool = await database.connect_pool(url, size=2)
+                    self._pool = await connect_pool(url, name="millpond-schedule", size=2, command_timeout=None)
             return self._pool
 
     async def close(self) -> None:

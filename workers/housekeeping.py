@@ -66,28 +66,34 @@ async def roll_up(desk: Desk) -> Result:
     pool = await desk.database()
     if pool is None:
         return NO_DATABASE
+    hours = await pool.fetch(
+        """
+        SELECT hour FROM top_keys WHERE hour < date_trunc('hour', now()) AND hour >= now() - interval '2 days'
+        GROUP BY hour HAVING count(*) > $1 ORDER BY hour
+        """,
+        TOP_PER_HOUR,
+    )
     # Ties are broken by the key, so that a second run finds nothing more to do.
     statement = """
-        WITH ranked AS (
-            SELECT hour, key, row_number() OVER (PARTITION BY hour ORDER BY hits DESC, key) AS place
-            FROM top_keys
-            WHERE hour < date_trunc('hour', now()) AND hour >= date_trunc('hour', now()) - interval '2 days'
-        ), tail AS (SELECT hour, key FROM ranked WHERE place > $1 LIMIT $2)
-        DELETE FROM top_keys USING tail WHERE top_keys.hour = tail.hour AND top_keys.key = tail.key
+        DELETE FROM top_keys WHERE hour = $1 AND (hits, key) < (
+            SELECT hits, key FROM top_keys WHERE hour = $1 ORDER BY hits DESC, key DESC OFFSET $2 LIMIT 1)
     """
-    return {
-        "kept_per_hour": TOP_PER_HOUR,
-        "dropped": await _in_batches(lambda: pool.execute(statement, TOP_PER_HOUR, BATCH * 10), BATCH * 10),
-    }
+    dropped = [_count(await pool.execute(statement, row[0], TOP_PER_HOUR - 1)) for row in hours]
+    return {"kept_per_hour": TOP_PER_HOUR, "hours": len(hours), "dropped": sum(dropped)}
 
 
-async def _in_batches(batch: Callable[[], Awaitable[Any]], size: int = BATCH) -> int:
-    """Repeat a DELETE of at most `size` rows until it deletes fewer; return how many it deleted."""
+def _count(status: str) -> int:
+    """Read a command's status, `DELETE 5`."""
+    return int(status.rpartition(" ")[2])
+
+
+async def _in_batches(batch: Callable[[], Awaitable[str]]) -> int:
+    """Repeat a DELETE of at most BATCH rows until it deletes fewer; return how many it deleted."""
     total = 0
     for _ in range(MOST_BATCHES):
-        count = int(str(await batch()).rpartition(" ")[2])
+        count = _count(await batch())
         total += count
-        if count < size:
+        if count < BATCH:
             break
     return total
 

@@ -19,6 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared import keys
+from shared.database import DATABASE_ERRORS, cannot_reach
 from shared.errors import MillpondError
 from workers import housekeeping, memory, orphans
 from workers.desk import Desk, Result
@@ -135,7 +136,8 @@ async def perform(desk: Desk, job: Job, by: Literal["schedule", "hand"]) -> Resu
     except (RedisConnectionError, RedisTimeoutError):
         raise
     except Exception as error:
-        log.warning("%s failed", job.name, exc_info=not isinstance(error, MillpondError))
+        expected = isinstance(error, MillpondError | TimeoutError | OSError)
+        log.warning("%s failed: %s", job.name, _words(error, job), exc_info=not expected)
         said = {"ok": False, "error": _words(error, job)}
     record = {
         "name": job.name,
@@ -151,5 +153,8 @@ async def perform(desk: Desk, job: Job, by: Literal["schedule", "hand"]) -> Resu
 def _words(error: BaseException, job: Job) -> str:
     if isinstance(error, TimeoutError):
         return f"not done within {job.timeout:g} s"
-    text = error.message if isinstance(error, MillpondError) else f"{type(error).__name__}: {error}"
-    return text[:_LONGEST]
+    if isinstance(error, MillpondError):
+        return error.message[:_LONGEST]
+    if isinstance(error, DATABASE_ERRORS):
+        return cannot_reach(error)[:_LONGEST] if isinstance(error, OSError) else f"PostgreSQL: {error}"[:_LONGEST]
+    return f"{type(error).__name__}: {error}"[:_LONGEST]
