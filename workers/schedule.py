@@ -99,8 +99,7 @@ def cron_job(job: Job, perform_it: Callable[[Job], Awaitable[Result]]) -> CronJo
 
 def next_time(job: Job) -> datetime:
     """Return when a job is due next."""
-    due = next_cron(datetime.now(UTC), **({"second": 0} | dict(job.when)))
-    return due.replace(microsecond=0)
+    return next_cron(datetime.now(UTC), **({"second": 0} | dict(job.when)))
 
 
 async def _keep_times(desk: Desk, stop: asyncio.Event, ready: Callable[[], None], jobs: Iterable[Job]) -> None:
