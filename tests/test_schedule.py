@@ -269,9 +269,11 @@ async def test_consumers_of_dead_workers_go_unless_they_hold_something(
     stream = PartitionKeys(0).requests
     with server.connect() as redis:
         redis.xgroup_create(stream, "lookup", "0", mkstream=True)
-        redis.xadd(stream, {"id": "1"})
         for name in ("holds", "gone", "alive"):
+            message = redis.xadd(stream, {"id": "1"})
             redis.xreadgroup("lookup", name, {stream: ">"}, count=1)
+            if name != "holds":
+                redis.xack(stream, "lookup", message)
         redis.set(keys.worker("alive"), "{}", px=60_000)
 
         def names() -> set[bytes]:
