@@ -257,6 +257,9 @@ def _pond(url: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     options = QUICK | {"simulated_journal": tmp_path / "calls.jsonl"}
     if "partitions" in request.fixturenames:
         options["partitions"] = request.getfixturevalue("partitions")
+    for name in ("database", "own_database"):
+        if name in request.fixturenames:
+            options["database_url"] = request.getfixturevalue(name).url
     with redis.Redis.from_url(url) as connection:
         yield Pond(url, connection, options)
 

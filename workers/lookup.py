@@ -312,6 +312,7 @@ class LookupConsumer(Consumer):
         asked = {question.key: (question, asks) for (question, _), asks in batch.missing.items() if question.reads}
         assert self.l3 is not None  # noqa: S101 (nobody dives without one)
         found = await self.l3.find(list(asked))
+        fault_point("lookup_in_l3")
         if not found:
             return
         clock = self.l1.clock
