@@ -82,6 +82,7 @@ _COMMANDS = {
     "demo": ("producers.replay_command", "demo"),
     "invalidate": ("producers.commands", "invalidate"),
     "stats": ("workers.commands", "stats"),
+    "report": ("workers.report_command", "report"),
     "dead": ("workers.commands", "dead"),
     "bench": ("producers.bench.command", "bench"),
     "schedule": ("workers.schedule_command", "schedule"),

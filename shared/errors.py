@@ -178,6 +178,8 @@ def _tree(base: type[MillpondError]) -> dict[str, type[MillpondError]]:
 
 
 _BY_CODE = _tree(MillpondError)
+#: Every code an error may have.
+CODES = tuple(_BY_CODE)
 
 
 def from_wire(wire: dict[str, Any]) -> MillpondError:

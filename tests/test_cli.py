@@ -29,7 +29,9 @@ from workers import tables
 
 deployment = command_line.deployment
 
-COMMANDS = ("up", "worker", "ask", "replay", "demo", "invalidate", "stats", "dead", "bench", "schedule", "doctor")
+COMMANDS = (
+    "up", "worker", "ask", "replay", "demo", "invalidate", "stats", "report", "dead", "bench", "schedule", "doctor",
+)  # fmt: skip
 
 
 # the front door

@@ -1,0 +1,99 @@
+"""The report's queries: one row comes back per line of the report, whatever the history's size.
+
+Parameters: $1 since, $2 before, then as each function says.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shared.touches import BOUNDS
+
+By = Literal["day", "hour", "tier", "profile", "tenant", "model", "experiment"]
+
+#: A request that joined a computation, and one that began it.
+COMPUTED = ("collapsed", "llm")
+#: Every way a request is answered.
+TIERS = ("l1", "l2", "l3", "semantic", "stale", *COMPUTED)
+#: Dimensions whose lines are in the order of their names.
+NAMED = ("day", "hour", "experiment")
+_DAY, _HOUR = "to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD')", "to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:00')"
+
+#: What names a group in `hits` and in `calls`. An experiment and its variant are joined by a line feed.
+_NAMES = {
+    "total": ("'total'", "'total'"),
+    "day": (_DAY.format("hour"), _DAY.format("at")),
+    "hour": (_HOUR.format("hour"), _HOUR.format("at")),
+    "tier": ("tier", "'llm'"),
+    "profile": ("profile", "profile"),
+    "tenant": ("tenant", "tenant"),
+    "model": ("model", "model"),
+    "experiment": ("experiment || E'\\n' || variant", "experiment || E'\\n' || coalesce(variant, '')"),
+}
+_HISTOGRAM = (
+    "ARRAY[" + ", ".join(f"coalesce(sum(histogram[{n}]), 0)" for n in range(1, len(BOUNDS) + 2)) + "]::bigint[]"
+)
+_PER_TIER = "ARRAY[" + ", ".join(f"sum(hits) FILTER (WHERE tier = '{tier}')" for tier in TIERS) + "]::bigint[]"
+
+
+def account(by: By | Literal["total"]) -> str:
+    """Return the query of the account by one dimension; $3 the codes of failed calls, $4 most lines (NULL: all).
+
+    What was served and what was paid are summed apart and joined by name: neither is counted once per row of the other.
+    """
+    served, paid = _NAMES[by]
+    group = "" if by == "total" else "GROUP BY 1"
+    tried, assigned = ("AND experiment <> ''", "AND experiment IS NOT NULL") if by == "experiment" else ("", "")
+    order = "1" if by in NAMED else "spent + saved DESC, requests DESC, 1"
+    return f"""
+WITH served AS (
+  SELECT {served} AS name, sum(hits) AS requests, {_PER_TIER} AS tiers, {_HISTOGRAM} AS histogram,
+    sum(prompt_tokens) FILTER (WHERE tier <> 'llm') AS saved_prompt_tokens,
+    sum(completion_tokens) FILTER (WHERE tier <> 'llm') AS saved_completion_tokens,
+    sum(cost) FILTER (WHERE tier <> 'llm') AS saved,
+    sum(cost) FILTER (WHERE tier = 'collapsed') AS saved_coalesced,
+    sum(saved_ms) FILTER (WHERE tier <> 'llm') AS saved_ms
+  FROM hits WHERE hour >= $1 AND hour < $2 {tried} {group}
+), paid AS (
+  SELECT {paid} AS name, count(*) AS calls,
+    count(*) FILTER (WHERE outcome = ANY($3::text[])) AS failed_calls,
+    count(*) FILTER (WHERE kind <> 'fill') AS background_calls,
+    count(*) FILTER (WHERE cost IS NULL AND prompt_tokens + completion_tokens > 0) AS unpriced_calls,
+    sum(prompt_tokens) AS spent_prompt_tokens, sum(completion_tokens) AS spent_completion_tokens,
+    sum(cost) AS spent, sum(cost) FILTER (WHERE kind <> 'fill') AS overhead, sum(cost * cost) AS squares
+  FROM calls WHERE at >= $1 AND at < $2 {assigned} {group}
+), joined AS (
+  SELECT name, coalesce(requests, 0)::bigint AS requests, coalesce(tiers, '{{}}') AS tiers, histogram,
+    coalesce(calls, 0) AS calls, coalesce(failed_calls, 0) AS failed_calls,
+    coalesce(background_calls, 0) AS background_calls, coalesce(unpriced_calls, 0) AS unpriced_calls,
+    coalesce(spent_prompt_tokens, 0)::bigint AS spent_prompt_tokens,
+    coalesce(spent_completion_tokens, 0)::bigint AS spent_completion_tokens,
+    coalesce(spent, 0) AS spent, coalesce(overhead, 0) AS overhead, coalesce(squares, 0) AS squares,
+    coalesce(saved_prompt_tokens, 0)::bigint AS saved_prompt_tokens,
+    coalesce(saved_completion_tokens, 0)::bigint AS saved_completion_tokens,
+    coalesce(saved, 0) AS saved, coalesce(saved_coalesced, 0) AS saved_coalesced,
+    coalesce(saved_ms, 0)::bigint AS saved_ms
+  FROM served FULL JOIN paid USING (name)
+)
+SELECT * FROM joined ORDER BY {order} LIMIT $4::bigint"""  # noqa: S608 only names from the table above
+
+
+TIERS_QUERY = f"""
+SELECT tier, sum(hits)::bigint AS requests, {_HISTOGRAM} AS histogram,
+  (sum(prompt_tokens) FILTER (WHERE tier <> 'llm'))::bigint AS saved_prompt_tokens,
+  (sum(completion_tokens) FILTER (WHERE tier <> 'llm'))::bigint AS saved_completion_tokens,
+  sum(cost) FILTER (WHERE tier <> 'llm') AS saved
+FROM hits WHERE hour >= $1 AND hour < $2 GROUP BY tier"""  # noqa: S608
+
+#: $3 how many.
+TOP_QUERY = """
+SELECT encode(often.key, 'hex') AS key, often.hits, profile, tenant, model, often.hits * cost AS saved,
+  prompt::text AS prompt
+FROM (
+  SELECT key, sum(hits)::bigint AS hits FROM top_keys WHERE hour >= $1 AND hour < $2
+  GROUP BY key ORDER BY 2 DESC, 1 LIMIT $3
+) AS often LEFT JOIN answers USING (key) ORDER BY often.hits DESC, 1"""
+
+PROVIDERS_QUERY = """
+SELECT coalesce(provider, '') AS provider, count(*) AS calls FROM calls
+WHERE at >= $1 AND at < $2 GROUP BY 1 ORDER BY 2 DESC, 1"""
