@@ -77,6 +77,7 @@ _HOMES = {
 _COMMANDS = {
     "up": ("workers.commands", "up"),
     "worker": ("workers.commands", "worker"),
+    "migrate": ("workers.durable", "migrate"),
     "ask": ("producers.commands", "ask"),
     "replay": ("producers.replay_command", "replay"),
     "demo": ("producers.replay_command", "demo"),

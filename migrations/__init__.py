@@ -47,7 +47,7 @@ async def current_async(url: str) -> str | None:
     """As `current`, in a running loop."""
     connection = await _connect(url)
     try:
-        return await _version(connection)
+        return await version(connection)
     finally:
         await connection.close()
 
@@ -133,8 +133,9 @@ async def _connect(url: str) -> asyncpg.Connection:
         ) from None
 
 
-async def _version(connection: asyncpg.Connection) -> str | None:
+async def version(connection: asyncpg.Connection) -> str | None:
+    """Return the step that an open connection's database stands at, None before the first."""
     if await connection.fetchval("SELECT to_regclass($1)", VERSION_TABLE) is None:
         return None
-    version: str | None = await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}")  # noqa: S608 - ours
-    return version
+    found: str | None = await connection.fetchval(f"SELECT version_num FROM {VERSION_TABLE}")  # noqa: S608 - ours
+    return found

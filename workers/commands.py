@@ -10,8 +10,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
-from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +20,8 @@ from shared import embedded, settings
 from shared.console import print_json, reporting
 from shared.errors import InvalidRequest, Unavailable
 from shared.link import LINK_ERRORS, Link
-from workers import dead_letters, doctor, overview, supervisor, tables
+from workers import dead_letters, doctor, durable, overview, supervisor, tables
+from workers.kinds import Kind
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line, instead of text.")]
@@ -33,22 +32,15 @@ Partition = Annotated[int | None, typer.Option(min=0, help="Only this partition.
 _REACH_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.5, 2.0, 2.5, 2.5)
 
 
-class Kind(StrEnum):
-    """The kinds of workers."""
-
-    lookup = "lookup"
-    llm = "llm"
-    promotion = "promotion"
-
-
 def up(
     lookup: Annotated[int, typer.Option(min=0, max=64, help="Lookup workers.")] = 1,
     llm: Annotated[int, typer.Option(min=0, max=64, help="LLM workers.")] = 1,
     concurrency: Concurrency = None,
     ephemeral: Annotated[bool, typer.Option(help="Keep no data: gone when it stops.")] = False,
+    background: Annotated[bool, typer.Option(help="One worker of each further kind.")] = True,
     as_json: JsonLines = False,
 ) -> None:
-    """Run everything: the embedded server (unless MILLPOND_REDIS_URL is set) and the workers, until Ctrl-C.
+    """Run everything until Ctrl-C: the workers, and the servers that no MILLPOND_REDIS_URL or _DATABASE_URL names.
 
     Example: millpond up --lookup 2 --concurrency 128
 
@@ -57,7 +49,7 @@ def up(
     """
     with reporting(as_json):
         chosen = settings.load()
-        plan = supervisor.Plan(lookup, llm, concurrency, ephemeral, grace=chosen.drain_timeout + 6)
+        plan = supervisor.Plan(lookup, llm, concurrency, ephemeral, background, grace=chosen.drain_timeout + 6)
         emit = print_json if as_json else tables.EventPrinter()
         raise typer.Exit(supervisor.run(chosen, plan, emit))
 
@@ -71,7 +63,8 @@ def worker(
 
     Example: millpond worker llm --concurrency 128
 
-    Exit codes: 0 stopped when asked, 2 a wrong setting, 3 Redis cannot be reached at start, 1 anything else.
+    Exit codes: 0 stopped when asked, 2 a wrong setting, 3 Redis (for some kinds PostgreSQL too) cannot be reached at
+    start, 1 anything else.
     """
     with reporting(as_json):
         chosen = settings.load(**({} if concurrency is None else {"concurrency": concurrency}))
@@ -102,9 +95,8 @@ async def _work(kind: Kind, chosen: settings.Settings, as_json: bool) -> None:
             provider = f", provider {supervisor.provider_in_force(chosen)}" if kind is Kind.llm else ""
             Console(soft_wrap=True).print(f"[green]ready[/]  {kind.value} worker {name}{escape(provider)}")
 
-    run = import_module(f"workers.{kind.value}").run
     if await _reach(embedded.resolve_url(chosen), stop):
-        await run(chosen, stop, on_ready)
+        await kind.run(chosen, stop, on_ready)
     _say_stopped(kind, names, as_json)
 
 
@@ -140,23 +132,26 @@ def stats(
     watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
     as_json: JsonLines = False,
 ) -> None:
-    """Show counters since birth (the table says what each one counts), hit rates, queues and live workers.
+    """Show counters since birth (the table says what each one counts), hit rates, queues, live workers, what is stored.
 
     Example: millpond stats --watch
 
     Exit codes: 0 shown, 2 a wrong setting, 3 Redis unavailable, 130 interrupted.
     """
     with reporting(as_json):
-        connection = overview.connect(embedded.resolve_url(settings.load()))
+        chosen = settings.load()
+        connection = overview.connect(embedded.resolve_url(chosen))
         console = Console()
         while True:
             seen = overview.look(connection)
+            stored = durable.look(chosen)
             if as_json:
-                print_json(seen.as_json())
+                print_json(seen.as_json() | {"database": stored and stored.as_json()})
             else:
                 if watch:
                     console.clear()
                 tables.show_overview(console, seen)
+                tables.show_durable(console, seen, stored)
             if not watch:
                 return
             time.sleep(2)

@@ -17,16 +17,22 @@ from typing import Any, Literal
 import orjson
 import redis
 
+import migrations
 from shared import console, embedded, keys
+from shared.database import resolve_database_url
 from shared.errors import ConfigError, Unavailable
 from shared.settings import Settings
-from workers import overview
+from workers import durable, overview
+from workers.kinds import BACKGROUND
 from workers.supervisor import provider_in_force
 
 Level = Literal["ok", "warn", "fail"]
 
 REDIS_AT_LEAST = (7, 0)
 VALKEY_AT_LEAST = (8, 0)
+POSTGRESQL_AT_LEAST = 15
+#: Seconds that an answer may wait for PostgreSQL before it is worth a word.
+_BEHIND = 60.0
 #: Variables that are ours but no settings.
 _NOT_SETTINGS = ("MILLPOND_FAULT", "MILLPOND_TEST_")
 
@@ -44,6 +50,7 @@ class Finding:
 def examine(settings: Settings) -> Iterator[Finding]:
     """Yield findings, the configuration first, then as far into the deployment as can be reached."""
     yield from _configuration(settings)
+    yield from _database(settings)
     try:
         url = embedded.resolve_url(settings)
     except (ConfigError, Unavailable) as error:
@@ -77,6 +84,45 @@ def _configuration(settings: Settings) -> Iterator[Finding]:
         field = name.removeprefix("MILLPOND_").lower().partition("__")[0]
         if field not in type(settings).model_fields and not name.startswith(_NOT_SETTINGS):
             yield Finding("warn", "settings", f"{name} is no setting", "correct its name or unset it")
+
+
+def _database(settings: Settings) -> Iterator[Finding]:
+    if not settings.l3:
+        yield Finding("ok", "postgresql", "switched off (l3 is false): answers live as long as Redis keeps them")
+        return
+    seen = durable.look(settings)
+    if seen is None:
+        yield Finding(
+            "warn",
+            "postgresql",
+            f"none configured and none running on {settings.data_dir}: answers live as long as Redis keeps them",
+            "millpond up starts one; or set MILLPOND_DATABASE_URL, or MILLPOND_L3=false to do without",
+        )
+        return
+    if seen.error is not None:
+        advice = "start that server, or correct MILLPOND_DATABASE_URL; meanwhile answers wait for it in Redis"
+        yield Finding("fail", "postgresql", f"{seen.url}: {seen.error}", advice)
+        return
+    where = "embedded, " if settings.database_url is None else ""
+    if seen.major >= POSTGRESQL_AT_LEAST:
+        yield Finding("ok", "postgresql", f"{seen.version}, {where}{seen.url} answers")
+    else:
+        yield Finding("fail", "postgresql", seen.version, f"upgrade it to PostgreSQL {POSTGRESQL_AT_LEAST} or newer")
+    yield _schema(seen)
+    vector = f"pgvector {seen.vector}" if seen.vector else "pgvector not present: exact matches only"
+    yield Finding("ok", "similarity", vector)
+
+
+def _schema(seen: durable.Durable) -> Finding:
+    newest = migrations.KNOWN[-1]
+    if seen.schema == newest:
+        stored = f"{'about ' if seen.estimated else ''}{seen.answers} answers"
+        return Finding("ok", "schema", f"{newest}, {stored}")
+    if seen.schema in (None, *migrations.KNOWN):
+        return Finding(
+            "fail", "schema", f"{seen.schema or 'none yet'}, this version wants {newest}", "millpond migrate"
+        )
+    return Finding("fail", "schema", f"{seen.schema} is newer than this version's {newest}", "upgrade Millpond here")
 
 
 def _of_this_shell(settings: Settings) -> Iterator[Finding]:
@@ -190,9 +236,12 @@ def _deployment(connection: redis.Redis, settings: Settings) -> Iterator[Finding
             f"recorded {seen.partitions}, configured {settings.partitions}",
             f"set MILLPOND_PARTITIONS={seen.partitions} or leave it unset; to change it, start a new deployment",
         )
-    yield from _workers(seen)
+    yield from _workers(seen, settings)
     yield from _queues(seen, settings)
     yield from _schedule(connection)
+    if (behind := max(seen.backlog)) > _BEHIND:
+        detail = f"answers have waited for PostgreSQL for {behind:.0f} s; none is lost"
+        yield Finding("warn", "persistence lag", detail, "see that PostgreSQL answers and a persistence worker runs")
     if seen.dead:
         advice = "millpond dead list says why; then millpond dead retry, or millpond dead discard"
         yield Finding("warn", "dead letters", str(seen.dead), advice)
@@ -237,13 +286,21 @@ def _live_cache(switches: list[bool]) -> Finding:
     return Finding("warn", "cache", off, "start them with MILLPOND_CACHE_ENABLED=true")
 
 
-def _workers(seen: overview.Overview) -> Iterator[Finding]:
+def _workers(seen: overview.Overview, settings: Settings) -> Iterator[Finding]:
     for kind in ("lookup", "llm"):
         names = [str(worker.get("name")) for worker in seen.workers if worker.get("kind") == kind]
         if names:
             yield Finding("ok", f"{kind} workers", f"{len(names)} alive: {', '.join(names)}")
         else:
             yield Finding("fail", f"{kind} workers", "none alive", f"millpond up, or millpond worker {kind}")
+    durable_tier = resolve_database_url(settings) is not None
+    wanted = [kind.value for kind in BACKGROUND if durable_tier or not kind.needs_database]
+    alive = {str(worker.get("kind")) for worker in seen.workers}
+    if missing := [kind for kind in wanted if kind not in alive]:
+        advice = f"millpond up, or millpond worker {missing[0]}"
+        yield Finding("warn", "background", f"no {', '.join(missing)} worker alive", advice)
+    elif wanted:
+        yield Finding("ok", "background", f"{', '.join(wanted)}: alive")
 
 
 def _queues(seen: overview.Overview, settings: Settings) -> Iterator[Finding]:
@@ -251,14 +308,17 @@ def _queues(seen: overview.Overview, settings: Settings) -> Iterator[Finding]:
     missing = seen.partitions * 2 - len(groups & {(p, g) for p in range(seen.partitions) for g in ("lookup", "llm")})
     if missing:
         yield Finding("warn", "groups", f"{missing} missing", "starting a worker of each kind creates them")
-    limits = {"requests": settings.request_limit, "fills": settings.fill_limit}
+    limits = {
+        "requests": settings.request_limit, "fills": settings.fill_limit, "refreshes": settings.fill_limit,
+        "landed": settings.landed_limit,
+    }  # fmt: skip
     for queue in seen.queues:
         about = f"partition {queue.partition}: {queue.length} entries, {queue.pending} in hand"
         subject = f"{queue.stream} queue"
         if queue.orphaned:
             yield Finding("warn", subject, f"{about}, {queue.orphaned} of them held by dead workers",
                           "a live worker takes them over after the lease")  # fmt: skip
-        elif queue.length > limits.get(queue.stream, settings.fill_limit) // 2:
+        elif queue.length > limits.get(queue.stream, queue.length * 2) // 2:
             yield Finding("warn", subject, f"{about}: more than half full", "start more workers of its kind")
         else:
             yield Finding("ok", subject, about)

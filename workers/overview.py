@@ -37,13 +37,17 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """One look at a deployment. `partitions` is 0 while none is recorded."""
+    """One look at a deployment. `partitions` is 0 while none is recorded.
+
+    `backlog` is the age in seconds of the oldest answer that waits for PostgreSQL, per partition; 0 when none does.
+    """
 
     partitions: int
     counters: dict[str, int]
     queues: list[Queue]
     lengths: list[dict[str, int]]
     workers: list[dict[str, Any]]
+    backlog: list[float]
 
     @property
     def rates(self) -> dict[str, float]:
@@ -63,7 +67,10 @@ class Overview:
             "counters": self.counters,
             "rates": {name: round(rate, 4) for name, rate in self.rates.items()},
             "queues": [asdict(queue) for queue in self.queues],
-            "streams": [{"partition": at, **lengths} for at, lengths in enumerate(self.lengths)],
+            "streams": [
+                {"partition": at, **lengths, "landed_seconds": round(self.backlog[at], 1)}
+                for at, lengths in enumerate(self.lengths)
+            ],
             "workers": self.workers,
         }
 
@@ -94,9 +101,13 @@ def look(connection: redis.Redis) -> Overview:
     alive = {str(worker["name"]) for worker in workers}
     queues: list[Queue] = []
     lengths: list[dict[str, int]] = []
+    backlog: list[float] = []
     for names in map(PartitionKeys, range(partitions)):
         lengths.append(_lengths(connection, names))
-        for stream in (names.requests, names.fills, names.refreshes):
+        backlog.append(_oldest(connection, names.landed))
+        for stream in (
+            names.requests, names.fills, names.refreshes, names.landed, names.touches, names.invalidations,
+        ):  # fmt: skip
             queues += _queues(connection, names.partition, stream, alive)
     return Overview(
         partitions=partitions,
@@ -104,6 +115,7 @@ def look(connection: redis.Redis) -> Overview:
         queues=queues,
         lengths=lengths,
         workers=workers,
+        backlog=backlog,
     )
 
 
@@ -115,6 +127,14 @@ def _lengths(connection: redis.Redis, names: PartitionKeys) -> dict[str, int]:
     for stream in streams:
         pipe.execute_command("XLEN", stream)
     return {_short(stream): int(length) for stream, length in zip(streams, pipe.execute(), strict=True)}
+
+
+def _oldest(connection: redis.Redis, stream: str) -> float:
+    first = connection.execute_command("XRANGE", stream, "-", "+", "COUNT", 1)
+    if not first:
+        return 0.0
+    seconds, microseconds = connection.execute_command("TIME")
+    return max(0.0, int(seconds) + int(microseconds) / 1e6 - int(first[0][0].partition(b"-")[0]) / 1000)
 
 
 def _queues(connection: redis.Redis, partition: int, stream: str, alive: set[str]) -> list[Queue]:

@@ -1,10 +1,11 @@
-"""What `millpond up` runs: the embedded server and the workers, as child processes, until it is told to stop.
+"""What `millpond up` runs: the embedded servers and the workers, as child processes, until it is told to stop.
 
 Nothing outlives it: children are stopped in order (workers hand back what they hold, then the server saves), killed
 when they exceed the grace period, and on Linux die with it should it be killed itself.
 
 Each thing that happens is one event, a dict with `event` and, where it concerns one, `component`:
-`ready`, `running` (all are ready), `error`, `exited` (with `restart_in` seconds), `stopping`, `killed`, `stopped`.
+`configured` (a server that runs elsewhere), `skipped` (one that is done without), `migrated`, `ready`, `running` (all
+are ready), `error`, `exited` (with `restart_in` seconds), `stopping`, `killed`, `stopped`.
 """
 
 from __future__ import annotations
@@ -16,32 +17,41 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import console, embedded
-from shared.errors import MillpondError
+import migrations
+from shared import console
+from shared.errors import ConfigError, MillpondError, Unavailable
+from shared.servers import EmbeddedServer, tethered
 from shared.settings import Settings
-
-Emit = Callable[[dict[str, Any]], None]
+from workers import stores
+from workers.kinds import BACKGROUND, Kind
+from workers.stores import Emit, Stores
 
 FRONT_DOOR = Path(__file__).parent.parent / "millpond.py"
 FIRST_BACKOFF = 0.5
 LONGEST_BACKOFF = 30.0
+#: Seconds between looks for a configured database that did not answer at the start.
+DATABASE_PAUSE = 2.0
 #: A worker that ran this long (seconds) crashed for a new reason: its back-off begins anew.
 STEADY = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. `concurrency` is per LLM worker; `grace` seconds to finish before SIGKILL."""
+    """What to run.
+
+    `concurrency` is per LLM worker; `background` one worker of each further kind; `grace` seconds to finish before
+    SIGKILL.
+    """
 
     lookup: int = 1
     llm: int = 1
     concurrency: int | None = None
     ephemeral: bool = False
+    background: bool = True
     grace: float = 10.0
 
 
@@ -52,24 +62,18 @@ def run(settings: Settings, plan: Plan, emit: Emit) -> int:
     settings, 3 when the configured server could not be reached before any worker was ready.
 
     Raises:
-        ConfigError: no server can be started here, or one runs on this data directory already.
-        Unavailable: the embedded server did not come up.
+        ConfigError: no Redis can be started here, one runs on this data directory already, or the database is newer
+            than this code.
+        Unavailable: an embedded server did not come up.
     """
     began = time.monotonic()
-    if settings.redis_url is not None:
-        url = settings.redis_url.get_secret_value()
-        emit({"event": "configured", "component": "redis", "url": console.masked(url)})
-        return asyncio.run(_Supervisor(settings, plan, emit, url, None, began).run())
-    # Started from this thread, before any loop: the server dies with the thread that forked it.
-    server = embedded.start(settings.data_dir, ephemeral=plan.ephemeral)
-    try:
-        emit(_server_ready(server, began))
-        return asyncio.run(_Supervisor(settings, plan, emit, server.url, server, began).run())
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # stopping has its own time limit
-        server.stop()
-        emit({"event": "stopped", "component": "redis"})
+    # From this thread, before any loop: a server dies with the thread that forked it.
+    with stores.opened(settings, emit, ephemeral=plan.ephemeral) as opened:
+        try:
+            return asyncio.run(_Supervisor(settings, plan, emit, opened, began).run())
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # stopping has its own time limit
 
 
 def describe_status(status: int) -> str:
@@ -81,38 +85,27 @@ def describe_status(status: int) -> str:
     return f"killed by signal {-status}"
 
 
-def _server_ready(server: embedded.EmbeddedRedis, began: float) -> dict[str, Any]:
-    kept = "nothing is kept" if server.ephemeral else f"data in {server.data}"
-    return {
-        "event": "ready",
-        "component": "redis",
-        "pid": server.pid,
-        "url": server.url,
-        "detail": f"embedded {server.binary.name}, {kept}",
-        "seconds": round(time.monotonic() - began, 3),
-    }
-
-
 class _Supervisor:
     """The children of one `millpond up`."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        plan: Plan,
-        emit: Emit,
-        url: str,
-        server: embedded.EmbeddedRedis | None,
-        began: float,
-    ) -> None:
+    def __init__(self, settings: Settings, plan: Plan, emit: Emit, opened: Stores, began: float) -> None:
         self._settings = settings
         self._plan = plan
         self._emit = emit
-        self._url = url
-        self._server = server
+        self._stores = opened
         self._began = began
-        self._names = [f"lookup-{n + 1}" for n in range(plan.lookup)]
-        self._names += [f"llm-{n + 1}" for n in range(plan.llm)]
+        numbers = {Kind.lookup: plan.lookup, Kind.llm: plan.llm}
+        numbers |= dict.fromkeys(BACKGROUND if plan.background else (), 1)
+        self._names = [
+            f"{kind}-{number + 1}"
+            for kind, most in numbers.items()
+            for number in range(most)
+            if opened.database_url is not None or not kind.needs_database
+        ]
+        self._migrated = asyncio.Event()
+        if opened.migrated:
+            self._migrated.set()
+        self._awaited = {name for name in self._names if opened.migrated or not _kind(name).needs_database}
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._running: dict[str, asyncio.subprocess.Process] = {}
@@ -126,12 +119,14 @@ class _Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
         workers = [asyncio.create_task(self._keep_worker(name)) for name in self._names]
-        watch = asyncio.create_task(self._keep_server())
+        watches = [asyncio.create_task(self._keep_server(*named)) for named in self._stores.embedded.items()]
+        watches.append(asyncio.create_task(self._await_database()))
         await self._stop.wait()
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
         self._emit({"event": "stopping"})
         await self._end(workers)
-        await asyncio.gather(watch, return_exceptions=True)
+        await asyncio.gather(*watches, return_exceptions=True)
         return self._status
 
     def _on_signal(self) -> None:
@@ -153,6 +148,8 @@ class _Supervisor:
 
     async def _keep_worker(self, name: str) -> None:
         backoff = FIRST_BACKOFF
+        if _kind(name).needs_database:
+            await self._migrated_or_stopped()
         while not self._stop.is_set():
             began = time.monotonic()
             status = await self._run_worker(name)
@@ -160,8 +157,9 @@ class _Supervisor:
             if self._stop.is_set():
                 self._emit({"event": "stopped", "component": name, "status": status})
                 return
-            never_reached = status == console.UNAVAILABLE and self._server is None and not self._ready
-            if status == console.CONFIG or never_reached:  # it said why; trying again would not change it
+            if status == console.CONFIG or (
+                status == console.UNAVAILABLE and self._never_reached(name)
+            ):  # it said why; trying again would not change it
                 self._status = status
                 self._stop.set()
                 return
@@ -171,16 +169,20 @@ class _Supervisor:
             await self._pause(backoff)
             backoff = min(backoff * 2, LONGEST_BACKOFF)
 
+    def _never_reached(self, name: str) -> bool:
+        """Whether it speaks of a configured Redis that answered nobody yet; of PostgreSQL it may speak at any time."""
+        return "redis" not in self._stores.embedded and not self._ready and not _kind(name).needs_database
+
     async def _run_worker(self, name: str) -> int:
-        kind = name.rpartition("-")[0]
-        arguments = [sys.executable, str(FRONT_DOOR), "worker", kind, "--json"]
-        if kind == "llm" and self._plan.concurrency is not None:
+        kind = _kind(name)
+        arguments = [sys.executable, str(FRONT_DOOR), "worker", kind.value, "--json"]
+        if kind is Kind.llm and self._plan.concurrency is not None:
             arguments += ["--concurrency", str(self._plan.concurrency)]
         process = await asyncio.create_subprocess_exec(
-            *embedded.tethered(arguments),
+            *tethered(arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            env=os.environ | {"MILLPOND_REDIS_URL": self._url},
+            env=os.environ | self._stores.environment,
             start_new_session=True,  # a Ctrl-C reaches the supervisor alone, which stops them in order
         )
         self._running[name] = process
@@ -205,28 +207,50 @@ class _Supervisor:
             seconds = round(time.monotonic() - self._began, 3)
             self._emit({"event": "ready", "component": name, "pid": pid, "detail": detail, "seconds": seconds})
             self._ready.add(name)
-            if not self._announced and len(self._ready) == len(self._names):
+            if not self._announced and self._ready >= self._awaited:
                 self._announced = True
                 self._emit({"event": "running", "seconds": seconds})
 
-    async def _keep_server(self) -> None:
+    async def _await_database(self) -> None:
+        """Bring the schema up to date once a configured database that did not answer at the start does."""
+        while not self._migrated.is_set() and self._stores.database_url is not None:
+            await asyncio.sleep(DATABASE_PAUSE)
+            try:
+                applied = await migrations.migrate_async(self._stores.database_url)
+            except Unavailable:
+                continue
+            except ConfigError as error:
+                self._emit({"event": "error", "component": "postgres", "detail": error.message})
+                self._status = console.CONFIG
+                self._stop.set()
+                return
+            self._emit(stores.migrated(applied or migrations.KNOWN))
+            self._migrated.set()
+
+    async def _migrated_or_stopped(self) -> None:
+        waiting = [asyncio.create_task(event.wait()) for event in (self._migrated, self._stop)]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+
+    async def _keep_server(self, component: str, server: EmbeddedServer) -> None:
         backoff = FIRST_BACKOFF
-        while self._server is not None:
+        while True:
             await asyncio.sleep(0.2)
-            status = self._server.poll()
+            status = server.poll()
             if status is None:
                 continue
             detail = describe_status(status)
-            self._emit({"event": "exited", "component": "redis", "detail": detail, "restart_in": backoff})
+            self._emit({"event": "exited", "component": component, "detail": detail, "restart_in": backoff})
             await asyncio.sleep(backoff)
             began = time.monotonic()
             try:
-                self._server.restart()
+                server.restart()
             except MillpondError as error:
-                self._emit({"event": "error", "component": "redis", "detail": error.message})
+                self._emit({"event": "error", "component": component, "detail": error.message})
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
             else:
-                self._emit(_server_ready(self._server, began))
+                self._emit(stores.ready(server, began))
                 backoff = FIRST_BACKOFF
 
     async def _pause(self, seconds: float) -> None:
@@ -241,6 +265,10 @@ def provider_in_force(settings: Settings) -> str:
         return "simulated: answers are made up (set OPENAI_API_KEY or MILLPOND_OPENAI_BASE_URL for real ones)"
     where = f" at {console.masked(settings.openai_base_url)}" if settings.openai_base_url else ""
     return settings.provider_name + where
+
+
+def _kind(name: str) -> Kind:
+    return Kind(name.rpartition("-")[0])
 
 
 def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from workers.dead_letters import Letter
 from workers.doctor import Finding
+from workers.durable import Durable
 from workers.overview import Overview
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -62,6 +63,10 @@ def _line(event: dict[str, Any]) -> str:
     match event["event"]:
         case "ready":
             line = f"[green]ready[/]    {event['seconds']:.2f} s  {detail}"
+        case "skipped":
+            line = f"[yellow]without[/]  {detail}"
+        case "migrated":
+            line = f"[green]migrated[/] {detail}"
         case "configured":
             line = f"[green]using[/]    {escape(event['url'])}"
         case "running":
@@ -79,7 +84,7 @@ def _line(event: dict[str, Any]) -> str:
             return "[bold]Stopping[/] (once more: at once)"
         case other:
             line = str(other) if not event.get("status") else f"{other}, status {event['status']}"
-    return f"{escape(event['component']):<10} {line}"
+    return f"{escape(event['component']):<14} {line}"
 
 
 def show_overview(console: Console, seen: Overview) -> None:
@@ -125,6 +130,22 @@ def _workers(seen: Overview) -> Table:
     if not seen.workers:
         table.add_row("none: millpond up")
     return table
+
+
+def show_durable(console: Console, seen: Overview, stored: Durable | None) -> None:
+    """Print what PostgreSQL holds and what waits for it."""
+    waiting = sum(lengths["landed"] for lengths in seen.lengths)
+    behind = f"; {waiting:,} answers wait for it, the oldest for {max(seen.backlog):.0f} s" if waiting else ""
+    if stored is None:
+        said = "none configured, none running"
+    elif stored.error is not None:
+        said = f"{stored.url}: {stored.error}"
+    elif stored.answers is None or stored.bytes is None:
+        said = f"{stored.url}: no schema yet: millpond migrate"
+    else:
+        about = "about " if stored.estimated else ""
+        said = f"{about}{stored.answers:,} answers in {stored.bytes / 1e6:,.1f} MB"
+    console.print(f"\nPostgreSQL  {escape(said)}{behind}", highlight=False, soft_wrap=True)
 
 
 def show_finding(console: Console, finding: Finding) -> None:

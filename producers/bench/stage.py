@@ -169,7 +169,8 @@ class Stage:
         # Below every other entry, so that a child finds the same modules whatever directory this was started in.
         paths = [*filter(None, [environment.get("PYTHONPATH")]), str(ROOT)]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        given = {"redis_url": self.url, "partitions": 1, "provider": "simulated"} | overrides
+        given = {"redis_url": self.url, "partitions": 1, "provider": "simulated", "l3": "database_url" in overrides}
+        given |= overrides
         for key, value in given.items():
             plain = isinstance(value, str | Path)
             environment[f"MILLPOND_{key.upper()}"] = str(value) if plain else json.dumps(value)

@@ -1,4 +1,4 @@
-"""A deployment for the length of one demo: an embedded server and `millpond up` on it, gone afterwards."""
+"""A deployment for the length of one demo: embedded servers and `millpond up` on it, gone afterwards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from shared import embedded
-from shared.errors import Unavailable
+from shared import embedded, postgres
+from shared.errors import ConfigError, Unavailable
 
 FRONT_DOOR = Path(__file__).parent.parent.parent / "millpond.py"
 READY_WITHIN = 30.0
@@ -28,19 +28,25 @@ Events = queue.SimpleQueue[dict[str, Any] | None]
 
 @contextlib.contextmanager
 def deployment(heard: Callable[[dict[str, Any]], None], **environment: str) -> Iterator[str]:
-    """Start a server and all workers, yield the server's URL once they are ready, stop everything.
+    """Start the servers and all workers, yield Redis' URL once they are ready, stop everything.
 
     `heard` gets each event of `millpond up`; `environment` are settings for the workers. Call it from the main thread.
 
     Raises:
-        ConfigError: there is no server to start.
+        ConfigError: there is no Redis to start. Without PostgreSQL it goes on.
         Unavailable: the workers did not become ready.
     """
     with (
         tempfile.TemporaryDirectory(prefix="millpond-demo-") as directory,
         embedded.start(Path(directory), ephemeral=True) as server,
+        contextlib.ExitStack() as stack,
     ):
         env = os.environ | environment | {"MILLPOND_REDIS_URL": server.url, "MILLPOND_DATA_DIR": directory}
+        try:  # never the caller's own database
+            database = stack.enter_context(postgres.start(Path(directory), ephemeral=True))
+            env |= {"MILLPOND_DATABASE_URL": database.url, "MILLPOND_L3": "true"}
+        except ConfigError:
+            env["MILLPOND_L3"] = "false"
         process = subprocess.Popen(  # noqa: S603 - our own argv, no shell
             embedded.tethered([sys.executable, str(FRONT_DOOR), "up", "--json"]),
             stdin=subprocess.DEVNULL,
