@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from redis.exceptions import RedisError
-
 from producers.computing import Computing
 from producers.connection import Directives
+from producers.invalidation import Invalidation, Order, append, checked, counted, labels_of
 from producers.reply import Reply
-from shared.errors import InvalidRequest, Unavailable
-from shared.keys import PartitionKeys
-from shared.link import LINK_ERRORS
-from shared.messages import Mode, label, tags_of
-from shared.scripts import SCRIPTS, Arg
+from shared.errors import InvalidRequest
+from shared.messages import MAX_DEADLINE, Mode, seconds
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-_KEY = re.compile("[0-9a-f]{32}")
 
 
 class Client(Computing):
@@ -155,33 +147,32 @@ class Client(Computing):
         profile: str | None = None,
         tenant: str | None = None,
         model: str | None = None,
+        prefix: str | None = None,
         everything: bool = False,
-    ) -> dict[int, str]:
-        """Forget every answer that carries any of what is named; return the log id per partition.
+        dry_run: bool = False,
+        wait: float | None = None,
+        reason: str = "",
+        by: str | None = None,
+    ) -> Invalidation:
+        """Forget every answer that carries any of what is named; `prefix`: any tag that begins with it.
 
         Once it returns, no request published afterwards, by anyone, is answered from an entry or a computation that
-        began before it.
+        began before it. `dry_run` forgets nothing and counts what it would concern. With `wait`, it also waits so many
+        seconds for the invalidation worker to delete the answers physically, and tells how many there were; see
+        `Invalidation`. `reason` and `by` (default: this client's id) are kept in the audit.
 
         Raises:
             InvalidRequest: nothing, or something malformed, was named.
             Unavailable: not every partition's log holds it; call again (twice does no harm).
+            DeadlineExceeded: a `dry_run` that nobody counted in time: no invalidation worker runs.
         """
-        marked = list(tags_of([tags] if isinstance(tags, str) else list(tags)))
-        if key is not None and not _KEY.fullmatch(key := key.lower()):
-            raise InvalidRequest("key must be the 32 hexadecimal digits of a reply's `key`", field="key")
-        named = {"key": key, "profile": profile, "tenant": tenant, "model": model}
-        marked += [f"{name}:{label(value, name)}" for name, value in named.items() if value is not None]
-        marked += ["all"] if everything else []
-        if not marked:
-            raise InvalidRequest("name what to forget: tags, key, profile, tenant, model or everything", field="tags")
+        labels = labels_of(
+            tags=tags, key=key, profile=profile, tenant=tenant, model=model, prefix=prefix, everything=everything
+        )
+        limit = None if wait is None else seconds(wait, "wait", least=0.0, most=MAX_DEADLINE)
+        order = checked(Order(labels, by or self._id, reason, dry_run))
         link, _ = await self._connected()
-        args: list[Arg] = [self._id, self._settings.invalidation_limit, *marked]
-        for attempt in range(4):
-            with contextlib.suppress(*LINK_ERRORS, RedisError):
-                logs = [PartitionKeys(p) for p in range(await self._partitions())]
-                ids = await link.send([SCRIPTS["invalidate"].call([k.invalidations, k.tags], args) for k in logs])
-                if self._fallback is not None:
-                    self._fallback.invalidated()
-                return {partition: entry.decode() for partition, entry in enumerate(ids)}
-            await asyncio.sleep(0.05 * 2**attempt)
-        raise Unavailable("the invalidation did not reach every partition: call again once Redis answers")
+        written = await append(link, self._partitions, order, log_limit=self._settings.invalidation_limit)
+        if self._fallback is not None and not dry_run:
+            self._fallback.invalidated()
+        return await counted(link, written, limit)

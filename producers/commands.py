@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
+import os
+import platform
+import re
 import sys
 import time
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from shared import settings
-from shared.console import print_json, reporting
+from shared.console import DEADLINE, print_json, reporting
 from shared.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from producers.invalidation import Invalidation
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -113,27 +120,34 @@ def invalidate(
     profile: Annotated[str | None, typer.Option(help="All answers of a cache class.")] = None,
     tenant: Annotated[str | None, typer.Option(help="All answers of a tenant.")] = None,
     model: Annotated[str | None, typer.Option(help="All answers of a model.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="All answers with a tag that begins so, such as doc:.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All answers.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Forget nothing; count what it would concern.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until they are deleted, and say how many.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the count at most.")] = 30.0,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why, for the audit.")] = "",
     as_json: Json = False,
 ) -> None:
     """Forget answers: whatever is asked after this returns is never answered from what was stored before.
 
-    Several options forget what matches any of them.
+    Several options forget what matches any of them. It is in force at once, in every tier; `--wait` waits for the
+    invalidation worker to delete the answers physically, from Redis (l2) and PostgreSQL (l3).
 
-    Example: millpond invalidate --tag doc:42
+    Example: millpond invalidate --tag doc:42 --wait --reason "doc 42 was corrected"
 
-    Exit codes: 0 done, 2 nothing or something invalid named, 3 Redis unavailable, 1 anything else.
+    Exit codes: 0 done, 2 nothing or something invalid named, 3 Redis unavailable, 4 nobody counted in time (without
+    `--dry-run` the invalidation is in force all the same), 1 anything else.
     """
     with reporting(as_json):
-        if not (tag or key or profile or tenant or model or everything):
+        if not (tag or key or profile or tenant or model or prefix or everything):
             raise InvalidRequest(
-                "name what to forget: --tag, --key, --profile, --tenant, --model or --all", field="tags"
+                "name what to forget: --tag, --key, --profile, --tenant, --model, --prefix or --all", field="tags"
             )
-        named: dict[str, Any] = {"key": key, "profile": profile, "tenant": tenant, "model": model}
-        labels = [*sorted(set(tag or [])), *(f"{name}:{value}" for name, value in named.items() if value)]
-        labels += ["all"] if everything else []
+        named: dict[str, Any] = {"key": key, "profile": profile, "tenant": tenant, "model": model, "prefix": prefix}
         chosen = settings.load()
-        log = asyncio.run(_invalidate(chosen, tags=tag or [], everything=everything, **named))
+        how = {"dry_run": dry_run, "wait": timeout if wait or dry_run else None, "reason": reason, "by": _account()}
+        given = {name: value or None for name, value in named.items()}
+        found = asyncio.run(_invalidate(chosen, tags=tag or [], everything=everything, **given, **how))
         if profile and profile not in chosen.all_profiles:
             typer.echo(
                 f"millpond: warning: no profile {profile!r} in this shell's settings; if the workers know none either, "
@@ -141,12 +155,53 @@ def invalidate(
                 err=True,
             )
         if as_json:
-            print_json({"invalidated": log, "labels": labels, "partitions": len(log)})
+            print_json(
+                {
+                    "invalidated": {} if dry_run else found.ids,
+                    "labels": found.labels,
+                    "partitions": len(found),
+                    "dry_run": dry_run,
+                    "l1": None if dry_run else "at once",
+                    "l2": found.l2,
+                    "l3": found.l3,
+                    "complete": found.complete,
+                }
+            )
         else:
-            typer.echo(f"forgotten: {', '.join(labels)}; in {len(log)} partition{'s' if len(log) > 1 else ''}")
+            typer.echo(_told(found, wait))
+        if wait and not found.complete:
+            typer.echo(
+                f"millpond: in force, but not deleted everywhere after {timeout:g} s: is a "
+                "`millpond worker invalidation` running, and PostgreSQL? `millpond doctor` says more",
+                err=True,
+            )
+            raise typer.Exit(DEADLINE)
 
 
-async def _invalidate(chosen: settings.Settings, **what: Any) -> dict[int, str]:
+def _told(found: Invalidation, waited: bool) -> str:
+    counts = (
+        f"l2 {_counted(found.l2)}, l3 {_counted(found.l3) if found.l3 is not None or not found.complete else 'none'}"
+    )
+    where = f"in {len(found)} partition{'s' if len(found) > 1 else ''}"
+    if found.dry_run:
+        return f"would be forgotten: {', '.join(found.labels)}; {where}: {counts} (l1 is not counted)"
+    return f"forgotten: {', '.join(found.labels)}; {where}" + (f": l1 at once, {counts} deleted" if waited else "")
+
+
+def _counted(count: int | None) -> str:
+    return "not yet" if count is None else f"{count:,}"
+
+
+def _account() -> str:
+    """Return who runs this command, as the audit names him."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # an account without a name
+        name = str(os.getuid())
+    return re.sub(r"\s+", "_", f"{name}@{platform.node() or 'localhost'}")[:200]
+
+
+async def _invalidate(chosen: settings.Settings, **what: Any) -> Invalidation:
     from producers.client import Client
 
     async with Client(settings=chosen) as client:

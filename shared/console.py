@@ -27,12 +27,13 @@ from shared.errors import (
 OTHER = 1
 CONFIG = 2
 UNAVAILABLE = 3
+DEADLINE = 4
 INTERRUPTED = 130
 _CODES: tuple[tuple[type[MillpondError], int], ...] = (
     (InvalidRequest, CONFIG),
     (ConfigError, CONFIG),
     (Unavailable, UNAVAILABLE),
-    (DeadlineExceeded, 4),
+    (DeadlineExceeded, DEADLINE),
     (Overloaded, 5),
     (NotCached, 6),
     (ProviderError, 7),

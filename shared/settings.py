@@ -136,6 +136,7 @@ class Settings(BaseSettings):
     # the durable tier
     l3_timeout: float = Field(0.25, gt=0, description="longest wait of a lookup for PostgreSQL")
     store_prompts: bool = Field(False, description="keep what was asked beside each answer")
+    marker_age: float = Field(3600.0, ge=0.1, description="markers of older invalidations are pruned")
     retention_days: int = Field(30, ge=1, description="history and expired answers are kept for so long")
 
     experiments: dict[str, Experiment] = Field(default_factory=dict, description="variants to assign, by weight")

@@ -27,9 +27,9 @@ from shared.providers.simulated import calls
 from shared.settings import Settings, load
 from tests.conftest import Server
 from tests.processes import Process, start_worker
-from workers import llm, lookup, promotion
+from workers import invalidation, llm, lookup, promotion
 
-_RUN = {"lookup": lookup.run, "llm": llm.run, "promotion": promotion.run}
+_RUN = {"lookup": lookup.run, "llm": llm.run, "promotion": promotion.run, "invalidation": invalidation.run}
 _POLL = 0.005
 _QUIET = ("flight", "waiters", "outcome")
 _WORKER_KEYS = (b"mp:worker:", b"mp:stats", b"mp:deployment", b"mp:limit")

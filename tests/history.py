@@ -83,8 +83,6 @@ class Flight:
     tags: set[str]
     shared: bool
     store: bool
-    #: the request it began for; '' when it is a refresh
-    began_for: str = ""
     waiters: list[str] = field(default_factory=list)
     ended: str = ""
     computed: int = 0

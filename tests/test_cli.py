@@ -196,6 +196,24 @@ def test_invalidate_says_what_it_covered_and_doubts_an_unknown_profile(server: S
     assert run("invalidate", "--all", url=server.url).stderr == ""
 
 
+def test_invalidate_counts_per_tier_and_says_when_nobody_does(deployment: str) -> None:
+    run_json("ask", "Who owns it?", "--tag", "doc:42", url=deployment)
+    asked = ("invalidate", "--prefix", "doc:", "--timeout", "0.2")
+    assert run_json(*asked, "--dry-run", url=deployment, status=4)["error"]["code"] == "deadline_exceeded"
+    waited = run(*asked, "--wait", url=deployment)
+    assert waited.returncode == 4
+    assert "in force, but not deleted" in waited.stderr
+    with start_worker("invalidation", deployment, l3=False):
+        run_json("ask", "Who owns it?", "--tag", "doc:42", url=deployment)
+        counted = run("invalidate", "--tag", "doc:42", "--dry-run", url=deployment)
+        expected = "would be forgotten: doc:42; in 1 partition: l2 1, l3 none (l1 is not counted)\n"
+        assert (counted.stdout, counted.stderr) == (expected, "")
+        found = run_json("invalidate", "--tag", "doc:42", "--wait", "--reason", "corrected", url=deployment)
+    assert {name: found[name] for name in ("l1", "l2", "l3", "complete", "dry_run")} == {
+        "l1": "at once", "l2": 1, "l3": None, "complete": True, "dry_run": False,
+    }  # fmt: skip
+
+
 # stats, doctor
 
 

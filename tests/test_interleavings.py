@@ -22,7 +22,6 @@ from tests.interleavings import (
     leader,
     lookup,
     perform,
-    refresher,
     replay,
     rescuer,
     thief,
@@ -128,19 +127,6 @@ async def stored_and_invalidated(w: World) -> Cast:
     return {"i": invalidator(w, "x"), "p": lookup(w, "p", Ask("r1")), "a": leader(w, "a")}
 
 
-async def refreshed(w: World, *, failing: bool = False) -> Cast:
-    """What is stored is refreshed by two workers at once, and invalidated; somebody asks for it anew."""
-    await perform(w, lookup(w, "before", Ask("r0", ("x",))))
-    await perform(w, leader(w, "before"))
-    return {
-        "r": refresher(w, "r", "x"),
-        **({} if failing else {"s": refresher(w, "s", "x")}),
-        "p": lookup(w, "p", Ask("r1", ("x",), "refresh")),
-        "i": invalidator(w, "x"),
-        "a": leader(w, "a", fails=failing),
-    }
-
-
 MODES: tuple[Mode, ...] = ("default", "refresh", "no-store", "bypass")
 SCENARIOS: dict[str, Scenario] = {
     "two_askers_x": partial(two_askers, tag="x"),
@@ -158,8 +144,6 @@ SCENARIOS: dict[str, Scenario] = {
     "three_llm_workers": three_llm_workers,
     "stolen_request": stolen_request,
     "stored_and_invalidated": stored_and_invalidated,
-    "refreshed": refreshed,
-    "refreshed_failing": partial(refreshed, failing=True),
     **{f"modes_{a}_{b}": partial(modes, first=a, second=b) for a in MODES for b in MODES if a <= b},
     **{f"stored_{a}_{b}": partial(modes, first=a, second=b, stored=True) for a in MODES for b in MODES if a <= b},
 }
@@ -272,19 +256,6 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "redis.call('HSET', KEYS[4], 'store', '1')",
         "",
     ),
-    "join that leaves a refresh with the refreshes": (
-        "refreshed",
-        "join",
-        "redis.call('XADD', KEYS[2], '*', unpack(found[1][2]))",
-        "",
-    ),
-    "join that takes a refresh twice": (
-        "refreshed",
-        "join",
-        "if found[1] and (taken.err or #taken == 0) then",
-        "if found[1] then",
-    ),
-    "revalidate without looking for a flight": ("refreshed", "revalidate", "elseif flies then", "elseif false then"),
     "invalidate without the markers": ("two_askers_x", "invalidate", "redis.call('HSET', KEYS[2], ARGV[i], id)", ""),
     "invalidate without the clock": ("two_askers_x", "invalidate", "redis.call('HSET', KEYS[2], '#last', id)", ""),
     "fetch without the markers": (

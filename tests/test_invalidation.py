@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from producers.client import Client
+from producers.invalidation import Invalidation
 from producers.reply import Reply
 from shared.errors import InvalidRequest, Unavailable
 from tests import faults_support
@@ -43,6 +44,9 @@ async def ask_all(client: Client) -> dict[str, Reply]:
         ({"profile": "market"}, {"of a profile"}),
         ({"model": "gpt-4o"}, {"of a model"}),
         ({"model": "gpt-4o", "profile": "market"}, {"of a model", "of a profile"}),
+        ({"prefix": "doc:"}, {"tagged"}),
+        ({"prefix": "tenant:a"}, {"of a tenant"}),
+        ({"prefix": "doc:11"}, set()),
         ({"everything": True}, set(ASKED)),
     ],
 )
@@ -146,17 +150,18 @@ async def test_no_answer_is_older_than_an_invalidation_its_asker_came_after(
 
         async def ask(tag: str) -> None:
             while not done.is_set():
-                known, before = versions[tag], pond.redis.time()
+                known = versions[tag]
                 reply = await client.ask(f"about {tag}", tags=[tag])
                 if reply.tier in CACHED and known:
-                    stored_at = before[0] + before[1] / 1e6 - reply.age
+                    after = pond.redis.time()
+                    stored_at = after[0] + after[1] / 1e6 - reply.age  # at the latest
                     assert stored_at >= invalidated_at[tag][known] - 0.002, f"older than invalidation {known} of {tag}"
 
         invalidated_at: dict[str, list[float]] = {"a": [0.0], "b": [0.0]}
         done = asyncio.Event()
         recorded = client.invalidate
 
-        async def timed(**what: Any) -> dict[int, str]:
+        async def timed(**what: Any) -> Invalidation:
             ids = await recorded(**what)
             newest = min(int(at.split("-")[0]) for at in ids.values()) / 1000
             invalidated_at[what["tags"][0]].append(newest)
@@ -182,6 +187,11 @@ async def test_no_answer_is_older_than_an_invalidation_its_asker_came_after(
         ({"key": "a b"}, "key"),
         ({"tenant": ""}, "tenant"),
         ({"model": 7}, "model"),
+        ({"prefix": "a b"}, "prefix"),
+        ({"tags": ["prefix:a"]}, "tags"),
+        ({"everything": True, "by": "land"}, "by"),
+        ({"everything": True, "reason": "x" * 501}, "reason"),
+        ({"everything": True, "wait": -1}, "wait"),
     ],
 )
 async def test_what_cannot_be_invalidated_is_named(pond: Pond, what: dict[str, Any], field: str) -> None:

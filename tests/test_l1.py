@@ -12,7 +12,7 @@ from shared.entry import Entry
 from shared.tiers.l1 import L1
 
 KEYS = [f"{n:032x}" for n in range(6)]
-TAGS = ["a", "b", "c"]
+TAGS = ["a", "ab", "c"]
 
 
 def entry(key: str, *tags: str, size: int = 10, expires_ms: int = 1000) -> Entry:
@@ -113,12 +113,15 @@ class Against(RuleBasedStateMachine):
         self.l1.drop(key)
         self.model.pop(key, None)
 
-    @rule(tags=st.lists(st.sampled_from([*TAGS, "unknown", "all", f"key:{KEYS[0]}"]), max_size=3))
+    @rule(
+        tags=st.lists(st.sampled_from([*TAGS, "unknown", "all", f"key:{KEYS[0]}", "prefix:a", "prefix:ab"]), max_size=3)
+    )
     def invalidate(self, tags: list[str]) -> None:
         """Apply an invalidation."""
         self.l1.invalidate(tags)
         for key, held in list(self.model.items()):
-            if {*held.tags, "all", f"key:{key}"} & set(tags):
+            prefixes = tuple(tag[7:] for tag in tags if tag.startswith("prefix:"))
+            if {*held.tags, "all", f"key:{key}"} & set(tags) or any(tag.startswith(prefixes) for tag in held.tags):
                 del self.model[key]
 
     @rule()

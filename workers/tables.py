@@ -24,6 +24,8 @@ COUNTERS = {
     "miss": "began a call of their own",
     "absent": "looked for in L2 and not there",
     "invalidated": "L2 entries found void, and removed",
+    "swept": "answers deleted from Redis and PostgreSQL because they had been invalidated",
+    "pruned": "markers of old invalidations removed, for nothing is left that they void",
     "unreadable": "L2 entries that could not be read, and removed",
     "promoted": "L2 entries that live longer because they were hit",
     "rehydrated": "answers written back from PostgreSQL into L2 because they were hit",

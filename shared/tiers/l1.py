@@ -81,9 +81,15 @@ class L1:
                 self.clear()
             elif tag.startswith("key:"):
                 self.drop(tag[4:])
+            elif tag.startswith("prefix:"):
+                for held in [held for held in self._tagged if held.startswith(tag[7:])]:
+                    self._drop_tagged(held)
             else:
-                for key in list(self._tagged.get(tag, ())):
-                    self.drop(key)
+                self._drop_tagged(tag)
+
+    def _drop_tagged(self, tag: str) -> None:
+        for key in list(self._tagged.get(tag, ())):
+            self.drop(key)
 
     def clear(self) -> None:
         """Forget everything: the feed had a gap, or the server lost its state."""
