@@ -83,6 +83,7 @@ _COMMANDS = {
     "demo": ("producers.replay_command", "demo"),
     "invalidate": ("producers.commands", "invalidate"),
     "stats": ("workers.commands", "stats"),
+    "warm": ("producers.warm_command", "warm"),
     "report": ("workers.report_command", "report"),
     "dead": ("workers.commands", "dead"),
     "bench": ("producers.bench.command", "bench"),

@@ -152,6 +152,27 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
     )
 
 
+def spec_of(question: Question, cache: bytes | None) -> bytes:
+    """Return what a fill says beside the body (JSON): how to compute it, how to keep it, what it counts as."""
+    kind = question.kind
+    return orjson.dumps(
+        {
+            "endpoint": question.endpoint,
+            "model": question.model,
+            "tags": question.tags,
+            "ttl_ms": question.ttl_ms,
+            "stale_ms": question.stale_ms,
+            "error_ms": question.error_ms,
+            "probation_ms": question.probation_ms,
+            "profile": kind.profile,
+            "tenant": kind.tenant,
+            "experiment": kind.experiment,
+            "variant": kind.variant,
+            "cache": orjson.Fragment(cache or b"{}"),
+        }
+    )
+
+
 def label(value: object, field: str) -> str:
     """Return `value` if it is 1 to 200 characters without white space or control characters; else raise."""
     if not isinstance(value, str) or not _LABEL.fullmatch(value):

@@ -32,8 +32,8 @@ from workers import tables
 deployment = command_line.deployment
 
 COMMANDS = (
-    "up", "worker", "migrate", "ask", "replay", "demo", "invalidate", "stats", "report", "dead", "bench", "schedule",
-    "doctor",
+    "up", "worker", "migrate", "ask", "replay", "demo", "invalidate", "warm", "stats", "report", "dead", "bench",
+    "schedule", "doctor",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import orjson
 from shared import keys
 from shared.keys import PartitionKeys
 from shared.link import Command
-from shared.messages import Question
+from shared.messages import Question, spec_of
 from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings
 from workers.batch import Ask
@@ -48,7 +48,7 @@ class Joining:
                 *self._owner, key, f"{first.client}.{first.request_id.decode()}" if bypass else self._token(),
                 question.mode, oldest, question.ttl_ms, int(question.stores),
                 max(ask.deadline_ms for ask in asks) + _GRACE_MS, self._settings.fill_limit,
-                first.body, spec_of(first), "\n".join(question.tags), lease_ms, keys.LLM_GROUP,
+                first.body, spec_of(first.question, first.cache), "\n".join(question.tags), lease_ms, keys.LLM_GROUP,
                 *(part for ask in asks for part in (ask.message_id, waiter(ask.client, ask.request_id))),
             ],
         )  # fmt: skip
@@ -62,29 +62,10 @@ class Joining:
             question, key = ask.question, ask.question.key
             names += [k.entry(key), k.flight(key), k.failed(key)]
             args += [
-                key, self._token(), ask.body, spec_of(ask), "\n".join(question.tags), question.ttl_ms, created_ms,
+                key, self._token(), ask.body, spec_of(question, ask.cache), "\n".join(question.tags), question.ttl_ms,
+                created_ms,
             ]  # fmt: skip
         return SCRIPTS["revalidate"].call(names, args)
-
-
-def spec_of(ask: Ask) -> bytes:
-    """Return what a fill says beside the body (JSON): how to compute it, how to keep it, what it counts as."""
-    question, kind = ask.question, ask.question.kind
-    spec: dict[str, Any] = {
-        "endpoint": question.endpoint,
-        "model": question.model,
-        "tags": question.tags,
-        "ttl_ms": question.ttl_ms,
-        "stale_ms": question.stale_ms,
-        "error_ms": question.error_ms,
-        "probation_ms": question.probation_ms,
-        "profile": kind.profile,
-        "tenant": kind.tenant,
-        "experiment": kind.experiment,
-        "variant": kind.variant,
-        "cache": orjson.Fragment(ask.cache or b"{}"),
-    }
-    return orjson.dumps(spec)
 
 
 def lead_payload(question: Question, result: list[Any], lease: float, partition: int) -> tuple[str, bytes, bytes]:

@@ -6,7 +6,6 @@ figure.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,14 +17,13 @@ import orjson
 
 from shared.errors import CODES, InvalidRequest
 from shared.settings import Experiment
+from shared.times import moment
 from shared.touches import BOUNDS
 from workers.account import Line
 from workers.comparison import Variant, compare
 from workers.intervals import percentile
 from workers.report_sql import COMPUTED, NAMED, PROVIDERS_QUERY, TIERS, TIERS_QUERY, TOP_QUERY, By, account
 
-_SPAN = re.compile(r"(\d{1,5})([mhdw])")
-_UNITS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 _HOUR = timedelta(hours=1)
 #: Longest prompt shown beside a key.
 _PROMPT = 200
@@ -51,19 +49,6 @@ class Window:
         if begin >= end:
             raise InvalidRequest(f"--since {since} is not before --until {until or 'now'}", field="since")
         return cls(begin, end)
-
-
-def moment(text: str, field: str, now: datetime) -> datetime:
-    """Read `90m`, `24h`, `7d`, `2w` (before now) or an ISO date or time, UTC unless it says otherwise."""
-    if found := _SPAN.fullmatch(text.strip()):
-        return now - int(found[1]) * _UNITS[found[2]]
-    try:
-        read = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise InvalidRequest(
-            f"--{field} is {text[:40]!r}; write a span such as 24h or 7d, or a date such as 2026-11-01", field=field
-        ) from None
-    return read.astimezone(UTC) if read.tzinfo else read.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
