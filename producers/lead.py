@@ -206,7 +206,7 @@ def _addressed(waiters: list[bytes], first: bytes, rest: bytes) -> list[tuple[st
     groups: defaultdict[tuple[str, bool], dict[bytes, None]] = defaultdict(dict)
     for aboard in waiters:
         client, request_id, joined, *_ = aboard.split(b" ")
-        groups[client.decode(), joined == b"1"][request_id] = None
+        groups[client.decode(), joined in (b"1", b"3")][request_id] = None
     return [
         (client, [b" ".join(list(ids)[at : at + _PAIRS]), rest if late else first])
         for (client, late), ids in groups.items()

@@ -119,6 +119,8 @@ class ProviderError(MillpondError):
     status: int | None
     provider: str | None
     retry_after: float | None
+    #: whether a circuit breaker has counted it: one failed batch is one failure (not on the wire)
+    counted: bool = False
 
     @property
     def retryable(self) -> bool:

@@ -85,6 +85,8 @@ class Question:
     stale_ms: int
     error_ms: int
     probation_ms: int
+    soft_timeout_ms: int
+    negative_ms: int
     own_tags: tuple[str, ...]
     tags: tuple[str, ...]
     endpoint: str
@@ -143,6 +145,8 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
         stale_ms=int(profile.stale_while_revalidate * 1000),
         error_ms=int(profile.stale_if_error * 1000),
         probation_ms=int(profile.probation * 1000),
+        soft_timeout_ms=int((profile.soft_timeout or 0) * 1000),
+        negative_ms=int(profile.negative_ttl * 1000),
         own_tags=own,
         tags=(f"profile:{name}", f"tenant:{tenant}", f"model:{model}", *own),
         endpoint=_endpoint(content, profile),
@@ -164,6 +168,9 @@ def spec_of(question: Question, cache: bytes | None) -> bytes:
             "stale_ms": question.stale_ms,
             "error_ms": question.error_ms,
             "probation_ms": question.probation_ms,
+            "soft_timeout_ms": question.soft_timeout_ms,
+            "negative_ms": question.negative_ms,
+            "mode": question.mode,
             "profile": kind.profile,
             "tenant": kind.tenant,
             "experiment": kind.experiment,

@@ -193,6 +193,7 @@ class Settings(BaseSettings):
     simulated_seed: int = Field(0, description="which calls fail: the same ones for the same seed, in each process")
     simulated_tokens: int = Field(120, ge=1, description="length of an answer when max_tokens does not cut it")
     simulated_journal: Path | None = Field(None, description="file to which every simulated call appends a line")
+    simulated_outage: Path | None = Field(None, description="while this file exists, simulated providers are down")
 
     @field_validator("redis_url")
     @classmethod

@@ -85,6 +85,8 @@ class Flight:
     store: bool
     waiters: list[str] = field(default_factory=list)
     ended: str = ""
+    #: the flight whose answer stands in for the one it has not
+    spare: str = ""
     computed: int = 0
     reclaimed: int = 0
 

@@ -18,7 +18,7 @@ pond = faults_support.pond
 PROMPT = "What is a mill race?"
 #: What dying at a point costs: the calls in all, the repeated one included.
 KILLED = [("llm_after_read", 1), ("llm_after_compute", 2), ("llm_after_land", 1), ("llm_after_reply", 1)]
-#: What freezing there costs: a frozen worker that had not called yet calls when it wakes, before it learns.
+#: What freezing there costs, at most: a frozen worker that had not called yet may call when it wakes, before it learns.
 FROZEN = [("llm_after_read", 2), ("llm_after_compute", 2), ("llm_after_land", 1), ("llm_after_reply", 1)]
 
 
@@ -83,7 +83,7 @@ async def test_an_llm_worker_frozen_past_its_lease_writes_nothing_when_it_wakes(
                 before = pond.keyspace()
                 await _wake(zombie)
                 assert pond.keyspace() == before
-    assert pond.calls() == calls
+    assert pond.calls() in (calls, 1 if point == "llm_after_read" else calls)
     # Replies that had left before it froze are repeated by who takes over; clients drop the second by its id.
     assert len(raw.replies("r1")) <= (2 if point == "llm_after_reply" else 1)
 

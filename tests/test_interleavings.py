@@ -127,6 +127,14 @@ async def stored_and_invalidated(w: World) -> Cast:
     return {"i": invalidator(w, "x"), "p": lookup(w, "p", Ask("r1")), "a": leader(w, "a")}
 
 
+async def refresh_fails(w: World) -> Cast:
+    """An answer is stored and computed anew, in vain; it is invalidated meanwhile; a worker may take over."""
+    await perform(w, lookup(w, "before", Ask("r0", ("x",))))
+    await perform(w, leader(w, "before"))
+    await perform(w, lookup(w, "first", Ask("r1", ("x",), "refresh")))
+    return {"a": leader(w, "a", fails=True), "b": rescuer(w, "b", fails=True), "i": invalidator(w, "x")}
+
+
 MODES: tuple[Mode, ...] = ("default", "refresh", "no-store", "bypass")
 SCENARIOS: dict[str, Scenario] = {
     "two_askers_x": partial(two_askers, tag="x"),
@@ -144,6 +152,7 @@ SCENARIOS: dict[str, Scenario] = {
     "three_llm_workers": three_llm_workers,
     "stolen_request": stolen_request,
     "stored_and_invalidated": stored_and_invalidated,
+    "refresh_fails": refresh_fails,
     **{f"modes_{a}_{b}": partial(modes, first=a, second=b) for a in MODES for b in MODES if a <= b},
     **{f"stored_{a}_{b}": partial(modes, first=a, second=b, stored=True) for a in MODES for b in MODES if a <= b},
 }
@@ -223,7 +232,13 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     "fail without its outcome": (
         "lease_lost_failing",
         "fail",
-        "redis.call('SET', KEYS[4], 'failed\\n' .. ARGV[5], 'PX', ARGV[6])",
+        "redis.call('SET', KEYS[4], outcome, 'PX', ARGV[6])",
+        "",
+    ),
+    "fail with an entry that was invalidated": (
+        "refresh_fails",
+        "fail",
+        "if invalidated(tags_key, key, entry.labels, entry.epoch) then return nil end",
         "",
     ),
     "clear without ownership": ("lease_lost", "clear", OWNS["clear"], ""),

@@ -77,6 +77,15 @@ class Pond:
             0, 0, 60_000, "{}", "", 100,
         )  # fmt: skip
 
+    def fail(self, fill: bytes, *, flight: str = "t", negative_ms: int = 0, call: str = "{}") -> Any:
+        """Fail."""
+        names = [
+            K.fills, K.flight(KEY), K.waiters(KEY, flight), K.outcome(KEY, flight), K.entry(KEY), K.tags,
+            K.failed(KEY), K.landed,
+        ]  # fmt: skip
+        error = orjson.dumps({"code": "x"})
+        return self.script("fail", names, "llm", "l", fill, flight, error, 60_000, KEY, negative_ms, "x", call, 9)
+
     def store(self, epoch: str, *tags: str, expires: int = FOREVER, created: int = 1) -> bytes:
         """Put an entry into L2 by hand."""
         meta, body = pack(b"{}", model="m", compute_ms=1, compress_above=9999)
@@ -353,8 +362,7 @@ def test_a_fill_nobody_waits_for_any_more_is_abandoned(pond: Pond) -> None:
 def test_an_error_leaves_the_stored_answer_alone(pond: Pond) -> None:
     fill = pond.fly(mode="refresh")
     entry = pond.store("0-0", "a")
-    names = [K.fills, K.flight(KEY), K.waiters(KEY, "t"), K.outcome(KEY, "t")]
-    assert pond.script("fail", names, "llm", "l", fill, "t", orjson.dumps({"code": "x"}), 60_000)[0] == b"FAILED"
+    assert pond.fail(fill)[0] == b"FAILED"
     assert pond.run("GET", K.entry(KEY)) == entry
 
 

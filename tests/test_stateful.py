@@ -19,7 +19,8 @@ from shared.entry import unpack
 from shared.errors import ProviderError
 from shared.keys import PartitionKeys
 from shared.messages import Question, Rules, understand
-from shared.providers.base import Call, Completion
+from shared.providers.base import Call, Completion, Provider
+from shared.providers.chain import Chains, Route
 from shared.providers.limits import RateLimits
 from shared.scripts import SCRIPTS, Arg, Script
 from shared.settings import Settings, load
@@ -65,6 +66,17 @@ class Numbered:
         """Nothing to give up."""
 
 
+class OneChain(Chains):
+    """One provider for every profile."""
+
+    def __init__(self, provider: Provider) -> None:
+        self.provider = provider
+
+    def of(self, profile: str) -> tuple[Route, ...]:
+        """Return the chain of that one provider."""
+        return (Route(self.provider.name, self.provider),)
+
+
 class Tiers(RuleBasedStateMachine):
     """Two lookup workers with a small L1 each and an LLM worker, in this process, on a real server."""
 
@@ -82,7 +94,9 @@ class Tiers(RuleBasedStateMachine):
         self.read = b"0-0"
         self.shortest = 0
         self.k = PartitionKeys(0)
-        self.settings: Settings = load(redis_url=self.url, data_dir=self.data_dir, l1_entries=2)
+        # Nothing kept for errors and nothing refreshed early: the model knows answers by their time to live alone.
+        plain = {"response": {"ttl": 86400, "stale_if_error": 0, "early_refresh": 0}}
+        self.settings: Settings = load(redis_url=self.url, data_dir=self.data_dir, l1_entries=2, profiles=plain)
         self.understood = Rules.of(self.settings)
         self.do(self.begin())
 
@@ -97,7 +111,7 @@ class Tiers(RuleBasedStateMachine):
         self.lookups = [LookupConsumer(crew, self.k) for crew in crews[:2]]
         self.link = self.lookups[0].link
         self.limits = RateLimits(self.settings, self.url)
-        self.llm = LLMConsumer(crews[2], self.k, provider=self.provider, limits=self.limits, slots=100)
+        self.llm = LLMConsumer(crews[2], self.k, chains=OneChain(self.provider), limits=self.limits, slots=100)
         await self.link.send(
             [("FLUSHALL",), ("XADD", keys.reply(CLIENT), "1-0", "", ""), ("PEXPIRE", keys.reply(CLIENT), 600_000)]
         )

@@ -13,7 +13,7 @@ from tests.history import ERROR, KEEP_MS, TTL_MS, Ask, Flight, LostLease, must
 from tests.ledger import Ledger
 from workers.consumer import Message, messages_of, server_ms
 from workers.flight import Fill, Outcome
-from workers.outbox import Outbox, error_payload, waiter
+from workers.outbox import Outbox, waiter
 
 
 class World(Ledger):
@@ -245,8 +245,12 @@ class World(Ledger):
 
     async def fail(self, who: str, fill: Fill) -> Outcome:
         """End the flight with an error."""
-        args: list[Arg] = [keys.LLM_GROUP, who, fill.id, fill.token, orjson.dumps(ERROR.to_wire()), KEEP_MS]
-        reply = await self.link.call(self.call("fail", self._names(fill), args))
+        k, error = self.k, orjson.dumps(ERROR.to_wire())
+        names = [*self._names(fill), k.entry(fill.key), k.tags, k.failed(fill.key), k.landed]
+        args: list[Arg] = [
+            keys.LLM_GROUP, who, fill.id, fill.token, error, KEEP_MS, fill.key, 0, ERROR.code, "{}", 1000,
+        ]  # fmt: skip
+        reply = await self.link.call(self.call("fail", names, args))
         status = self._checked(who, fill, reply)
         if status == "LOST":
             raise LostLease
@@ -255,8 +259,13 @@ class World(Ledger):
         flight = self.flights[fill.token]
         must(not flight.ended, f"{fill.token} failed after it had ended")
         flight.ended = "failed"
+        outcome = Outcome.recorded(fill, reply)
+        fit = self.current == fill.token and self.fit_entry(flight.tags)
+        must((outcome.spare is not None) == fit, "I3: an unfit entry stands in for an answer, or a fit one does not")
+        if fit:
+            flight.spare = self.entry
+            must(self.answer_of(reply[3].split(b"\n", 2)[2]) == self.entry, "another entry stands in than is stored")
         self.current = "" if self.current == fill.token else self.current
-        outcome = Outcome(reply[1], reply[2], error_payload(ERROR), error_payload(ERROR))
         self._aboard(fill, outcome)
         return outcome
 
@@ -264,7 +273,7 @@ class World(Ledger):
         """Reply to everyone aboard. A lease that was lost has run out by the server's clock."""
         owned = self.owner.get(fill.id) == who
         outbox = Outbox(1000)
-        outbox.add_waiters(outcome.waiters, outcome.first, outcome.rest)
+        outbox.add_waiters(outcome.waiters, outcome.first, outcome.rest, outcome.strict)
         sent = await self.send(outbox, outcome.now_ms + KEEP_MS if owned else outcome.now_ms - 1)
         must(sent == [1 if owned else -1], f"I6: {who} replied without the lease, or could not with it")
         self.wrote_nothing = not owned

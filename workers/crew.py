@@ -23,5 +23,7 @@ class Crew:
     counters: Counters = field(default_factory=Counters)
     #: held while one message is handled that may have killed its workers: one at a time in the whole process
     quarantine: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: whether Redis' memory is above its mark, as of the last heartbeat
+    pressure: bool = False
     #: why this process no longer belongs to the deployment
     disowned: ConfigError | None = None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from shared.entry import payload, tail_of, unpack
+from shared.entry import Entry, framed, payload, tail_of, unpack
 from shared.errors import from_wire
+from shared.providers.chain import Attempt
 from workers.consumer import Message
 from workers.outbox import error_payload
+
+_ABOUT = ("profile", "tenant", "experiment", "variant")
 
 
 class LeaseLost(Exception):
@@ -34,6 +37,11 @@ class Fill:
     stale_ms: int
     error_ms: int
     probation_ms: int
+    #: after this long, those aboard get an entry kept for errors (0: never)
+    soft_timeout_ms: int
+    #: an error is answered for this long (0: not at all)
+    negative_ms: int
+    mode: str
     #: what the request says of itself for the statistics: profile, tenant, experiment, variant
     about: dict[str, Any]
 
@@ -57,44 +65,76 @@ class Fill:
             model=spec["model"],
             tags="\n".join(spec["tags"]),
             ttl_ms=int(spec["ttl_ms"]),
-            stale_ms=int(spec["stale_ms"]),
-            error_ms=int(spec["error_ms"]),
-            probation_ms=int(spec["probation_ms"]),
-            about={name: spec.get(name) for name in ("profile", "tenant", "experiment", "variant")},
+            stale_ms=int(spec.get("stale_ms", 0)),
+            error_ms=int(spec.get("error_ms", 0)),
+            probation_ms=int(spec.get("probation_ms", spec["ttl_ms"])),
+            soft_timeout_ms=int(spec.get("soft_timeout_ms") or 0),
+            negative_ms=int(spec.get("negative_ms", 0)),
+            mode=str(spec.get("mode", "default")),
+            about={name: spec.get(name) for name in _ABOUT},
         )
+
+
+@dataclass(slots=True)
+class Progress:
+    """What has happened to a flight while this worker computes it."""
+
+    attempts: list[Attempt] = field(default_factory=list)
+    #: the first so many waiters have had an answer (the soft time-out)
+    placated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a flight came to, and for whom: one payload for who began it, one for who joined.
 
-    `now_ms` is the server's clock at the step that settled it and renewed the lease.
+    `now_ms` is the server's clock at the step that settled it and renewed the lease. `strict` is for those who take no
+    stored answer (None: they get what the others get); `spare` is the entry that stands in for an answer.
     """
 
     now_ms: int
     waiters: list[bytes]
     first: bytes
     rest: bytes
+    strict: bytes | None = None
+    spare: Entry | None = None
 
     @classmethod
-    def landed(cls, fill: Fill, reply: list[Any], body: bytes, provider: str) -> Outcome:
-        """Read `land`'s reply for an answer this worker has just computed."""
+    def landed(
+        cls, fill: Fill, reply: list[Any], body: bytes, provider: str, value: dict[str, Any] | None = None
+    ) -> Outcome:
+        """Read `land`'s reply for an answer this worker has just computed; `value` if its body is no JSON."""
         reason, now_ms, waiters, fresh_ms = reply
-        tail = tail_of(fill.key, fill.model, body, provider=provider, epoch=fill.epoch)
-        first, rest = (payload("llm", late, reason.decode(), now_ms, fresh_ms, now_ms, tail) for late in (False, True))
+        text, blob = (orjson.dumps(value), body) if value else (body, None)
+        tail = tail_of(fill.key, fill.model, text, provider=provider, epoch=fill.epoch)
+        first, rest = (
+            framed(payload("llm", late, reason.decode(), now_ms, fresh_ms, now_ms, tail), blob)
+            for late in (False, True)
+        )
         return cls(now_ms, waiters, first, rest)
 
     @classmethod
     def recorded(cls, fill: Fill, reply: list[Any]) -> Outcome:
-        """Read a `DONE` reply: the outcome an earlier worker, or an earlier try, had reached."""
+        """Read the outcome that `fail` has just recorded, or (`DONE`) that an earlier worker or try had reached."""
         _, now_ms, waiters, text = reply
         reason, _, record = text.partition(b"\n")
-        if reason == b"failed":
-            error = error_payload(from_wire(orjson.loads(record)))
-            return cls(now_ms, waiters, error, error)
+        if reason in (b"failed", b"stale"):
+            problem, _, kept = record.partition(b"\n")
+            error = error_payload(from_wire(orjson.loads(problem)))
+            if reason == b"failed":
+                return cls(now_ms, waiters, error, error)
+            return cls.standing_in(unpack(fill.key, kept), now_ms, waiters, error)
         entry = unpack(fill.key, record)
         first, rest = (
-            payload("llm", late, reason.decode(), entry.created_ms, entry.fresh_ms, now_ms, entry.tail)
+            framed(
+                payload("llm", late, reason.decode(), entry.created_ms, entry.fresh_ms, now_ms, entry.tail), entry.blob
+            )
             for late in (False, True)
         )
         return cls(now_ms, waiters, first, rest)
+
+    @classmethod
+    def standing_in(cls, entry: Entry, now_ms: int, waiters: list[bytes], strict: bytes | None) -> Outcome:
+        """Return the outcome that serves an entry kept for errors."""
+        first, rest = (entry.reply("l2", now_ms, collapsed=late, degraded=True) for late in (False, True))
+        return cls(now_ms, waiters, first, rest, strict, entry)

@@ -17,30 +17,28 @@ import orjson
 
 from shared import keys
 from shared.embedded import resolve_url
-from shared.entry import Unreadable, pack
-from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError, Unavailable
+from shared.entry import Unreadable
+from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError
 from shared.faults import fault_point
 from shared.keys import PartitionKeys
-from shared.link import LINK_ERRORS, Command
-from shared.prices import cost
-from shared.providers import make_provider
-from shared.providers.base import Call, Completion, Provider
-from shared.providers.gate import verdict
-from shared.providers.limits import RateLimits, estimate_tokens
-from shared.providers.retry import with_retries
-from shared.scripts import SCRIPTS, Arg
+from shared.profiles import DEFAULT_PROFILE
+from shared.providers.breaker import Breaker
+from shared.providers.chain import Answered, Chains, ask
+from shared.providers.limits import RateLimits
+from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
-from workers.flight import Fill, LeaseLost, Outcome
-from workers.outbox import Outbox, error_payload
+from workers.flight import Fill, LeaseLost, Outcome, Progress
+from workers.outbox import error_payload
 from workers.runtime import run_crew
+from workers.settling import Settling
 
 log = logging.getLogger("millpond.worker")
 
-_OUTCOME_MS = 120_000
 #: A fill that waited longer than this (ms) may have been abandoned by everyone meanwhile.
 _STALE_MS = 5000
+_NO_ERROR = ("ok", "cancelled")
 
 
 class LLMConsumer(Consumer):
@@ -49,12 +47,21 @@ class LLMConsumer(Consumer):
     group = keys.LLM_GROUP
 
     def __init__(
-        self, crew: Crew, partition_keys: PartitionKeys, *, provider: Provider, limits: RateLimits, slots: int
+        self,
+        crew: Crew,
+        partition_keys: PartitionKeys,
+        *,
+        chains: Chains,
+        limits: RateLimits,
+        slots: int,
+        breaker: Breaker | None = None,
     ) -> None:
         super().__init__(crew, partition_keys)
-        self.provider = provider
+        self.chains = chains
         self.limits = limits
+        self.breaker = breaker
         self.slots = slots
+        self.settling = Settling(self)
         self._active: dict[tuple[str, bytes], tuple[Fill, asyncio.Task[None]]] = {}
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
@@ -106,11 +113,19 @@ class LLMConsumer(Consumer):
             return
         # While refreshes are there to be computed, an empty look at the fills must not cost a wait.
         block = None if self._refreshes_wait else min(self.tick, 0.25)
-        if not await self._read(self.keys.fills, block):
-            self._refreshes_wait = await self._read(self.keys.refreshes, None)
+        if not await self._read(self.keys.fills, self.room(), block):
+            room = self._room_for_refreshes()
+            self._refreshes_wait = room > 0 and await self._read(self.keys.refreshes, room, None)
 
-    async def _read(self, stream: str, block: float | None) -> bool:
-        commands = [self.read_command(stream, self.room(), block=block), ("TIME",)]
+    def _room_for_refreshes(self) -> int:
+        """Half the slots at most, and none while Redis' memory is above its mark: no fill waits for a refresh."""
+        if self.crew.pressure:
+            return 0
+        taken = sum(stream == self.keys.refreshes for stream, _ in self._active)
+        return min(self.room(), max(self.slots // 2, 1) - taken)
+
+    async def _read(self, stream: str, room: int, block: float | None) -> bool:
+        commands = [self.read_command(stream, room, block=block), ("TIME",)]
         read, now = self.checked(await self.read(commands))
         messages = messages_of(read[0][1]) if read else []
         if messages:
@@ -135,11 +150,11 @@ class LLMConsumer(Consumer):
         error = Poisoned("this request repeatedly ended the workers that computed it; it lies in the dead letters")
         waiters, recorded = self.keys.waiters(fill.key, fill.token), self.keys.outcome(fill.key, fill.token)
         try:
-            outcome = await self._fail(fill, error)
+            outcome = await self.settling.fail(fill, error)
         except Unreadable:  # it has an outcome, of a version this one cannot read
             aboard = await self.link.call(("LRANGE", waiters, 0, -1))
             outcome = Outcome(since_ms, aboard, error_payload(error), error_payload(error))
-        await self._tell(outcome)
+        await self.settling.tell(outcome)
         await self.link.call(("DEL", waiters, recorded))
 
     async def drain(self) -> None:
@@ -211,151 +226,68 @@ class LLMConsumer(Consumer):
 
     async def _fly(self, fill: Fill, *, resumed: bool) -> None:
         """Compute, land, tell, clear. A crash anywhere is finished by whoever reclaims the fill."""
+        settling = self.settling
         try:
-            outcome = await self._resume(fill) if resumed else None
+            outcome = await settling.resume(fill) if resumed else None
             if outcome is None:
                 outcome = await self._compute(fill)
             fault_point("llm_after_land")
-            await self._tell(outcome)
+            await settling.tell(outcome)
             fault_point("llm_after_reply")
-            await self._clear(fill)
+            await settling.clear(fill)
         except LeaseLost:
             self.counters.add("leases_lost")
             log.warning("%s: %s belongs to another worker; nothing written", self.name, fill.id.decode())
 
-    async def _resume(self, fill: Fill) -> Outcome | None:
-        """Return what a fill had already come to; None when it is to be computed."""
-        k, key, token = self.keys, fill.key, fill.token
-        names = [fill.stream, k.flight(key), k.waiters(key, token), k.outcome(key, token)]
-        reply = await self._write(SCRIPTS["resume"].call(names, [self.group, self.name, fill.id, token]))
-        if reply[0] == b"ABANDONED":
-            self.counters.add("abandoned")
-            return Outcome(0, [], b"", b"")
-        return Outcome.recorded(fill, reply) if reply[0] == b"DONE" else None
-
     async def _compute(self, fill: Fill) -> Outcome:
-        """Call the provider and settle the flight."""
-        began = time.monotonic()
+        """Ask the chain and settle the flight."""
+        began, progress = time.monotonic(), Progress()
+        patience = asyncio.create_task(self._placate(fill, progress)) if fill.soft_timeout_ms else None
         try:
-            completion = await self._ask_provider(fill)
+            answered = await self._ask(fill, progress)
         except MillpondError as error:
-            return await self._fail(fill, error)
+            return await self.settling.fail(fill, error, progress)
         except Exception as error:
-            log.exception("%s: the provider failed unexpectedly", self.name)
-            return await self._fail(fill, ProviderError(f"unexpected {type(error).__name__}: {error}"))
+            log.exception("%s: a flight failed unexpectedly", self.name)
+            failure = ProviderError(f"unexpected {type(error).__name__}: {error}")
+            return await self.settling.fail(fill, failure, progress)
+        finally:
+            if patience is not None:
+                patience.cancel()
+                await asyncio.gather(patience, return_exceptions=True)
         fault_point("llm_after_compute")
-        return await self._land(fill, completion, int((time.monotonic() - began) * 1000))
+        return await self.settling.land(fill, answered, progress, int((time.monotonic() - began) * 1000))
 
-    async def _ask_provider(self, fill: Fill) -> Completion:
+    async def _ask(self, fill: Fill, progress: Progress) -> Answered:
         body: dict[str, Any] = {"model": fill.model, **orjson.loads(fill.body)}
-
-        async def attempt(timeout: float) -> Completion:
-            return await self.provider.complete(Call(fill.endpoint, body, timeout))
-
-        async def admit() -> None:
-            while True:
-                try:
-                    return await self.limits.acquire(estimate_tokens(body, fill.endpoint))
-                except Unavailable:
-                    await asyncio.sleep(0.2)
-
-        return await with_retries(
-            attempt,
-            self.settings,
-            provider=self.provider.name,
-            admit=admit if self.limits.active else None,
-            on_attempt=lambda _: self.counters.add("provider_calls"),
-            on_error=lambda _: self.counters.add("provider_errors"),
-        )
-
-    async def _land(self, fill: Fill, completion: Completion, compute_ms: int) -> Outcome:
-        gate = verdict(completion.body, fill.endpoint)
-        if gate == "not_json":
-            return await self._fail(
-                fill, ProviderError("the provider's answer is not JSON", provider=self.provider.name)
+        routes = self.chains.of(fill.about["profile"] or DEFAULT_PROFILE)
+        attempts = progress.attempts
+        try:
+            return await ask(
+                routes,
+                fill.endpoint,
+                body,
+                self.settings,
+                breaker=self.breaker,
+                limits=self.limits,
+                attempts=attempts,
             )
-        body = completion.body.strip()
-        tokens = completion.prompt_tokens, completion.completion_tokens
-        spent = cost(fill.model, *tokens)
-        meta, packed = pack(
-            body,
-            model=fill.model,
-            compute_ms=compute_ms,
-            compress_above=self.settings.compress_above,
-            provider=self.provider.name,
-            tokens=tokens,
-            cost=spent,
-        )
-        call = fill.about | {
-            "model": fill.model,
-            "endpoint": fill.endpoint,
-            "provider": self.provider.name,
-            "tokens": tokens,
-            "cost": spent,
-            "duration_ms": compute_ms,
-        }
-        k, key, token = self.keys, fill.key, fill.token
-        names = [
-            fill.stream, k.entry(key), k.flight(key), k.waiters(key, token), k.outcome(key, token), k.tags, k.landed,
-            k.invalidations, k.failed(key),
-        ]  # fmt: skip
-        args: list[Arg] = [
-            self.group, self.name, fill.id, key, token, fill.epoch, fill.tags, fill.ttl_ms,
-            gate, _OUTCOME_MS, meta, packed, self.settings.invalidation_limit,
-            fill.stale_ms, fill.error_ms, fill.probation_ms, orjson.dumps(call),
-            fill.body if self.settings.store_prompts else b"", self.settings.landed_limit,
-        ]  # fmt: skip
-        reply = await self._write(SCRIPTS["land"].call(names, args))
-        if reply[0] == b"DONE":
-            return Outcome.recorded(fill, reply)
-        self.counters.add("stored" if reply[0] == b"stored" else "not_stored")
-        self.counters.add("tokens.prompt", completion.prompt_tokens)
-        self.counters.add("tokens.completion", completion.completion_tokens)
-        return Outcome.landed(fill, reply, body, self.provider.name)
+        finally:
+            self.counters.add("provider_calls", len(attempts))
+            self.counters.add("provider_errors", sum(one["outcome"] not in _NO_ERROR for one in attempts))
 
-    async def _fail(self, fill: Fill, error: MillpondError) -> Outcome:
-        k, key, token = self.keys, fill.key, fill.token
-        names = [fill.stream, k.flight(key), k.waiters(key, token), k.outcome(key, token)]
-        args: list[Arg] = [self.group, self.name, fill.id, token, orjson.dumps(error.to_wire()), _OUTCOME_MS]
-        reply = await self._write(SCRIPTS["fail"].call(names, args))
-        if reply[0] == b"DONE":
-            return Outcome.recorded(fill, reply)
-        self.counters.add("failed")
-        return Outcome(reply[1], reply[2], error_payload(error), error_payload(error))
-
-    async def _tell(self, outcome: Outcome) -> None:
-        """Reply to everyone aboard. Settling renewed the lease; past a part of it the server refuses the replies."""
-        outbox = Outbox(self.settings.reply_limit)
-        outbox.add_waiters(outcome.waiters, outcome.first, outcome.rest)
-        sent = await self._persist(outbox.take(outcome.now_ms + int(self.lease * 800)))
-        if -1 in sent:
-            raise LeaseLost
-
-    async def _clear(self, fill: Fill) -> None:
-        k, key, token = self.keys, fill.key, fill.token
-        names = [fill.stream, k.waiters(key, token), k.outcome(key, token)]
-        (cleared,) = await self._persist([SCRIPTS["clear"].call(names, [self.group, self.name, fill.id])])
-        if not cleared:
-            raise LeaseLost
-
-    # the final writes are repeated, never the paid call
-
-    async def _write(self, command: Command) -> list[Any]:
-        (reply,) = await self._persist([command])
-        if reply[0] == b"LOST":
-            raise LeaseLost
-        return list(reply)
-
-    async def _persist(self, commands: list[Command]) -> list[Any]:
-        """Send until it is known to have run: each script here gives the same result when it runs again."""
-        pause = 0.05
+    async def _placate(self, fill: Fill, progress: Progress) -> None:
+        """Give who waits what is kept for errors, each time the soft time-out has passed."""
         while True:
+            await asyncio.sleep(fill.soft_timeout_ms / 1000)
             try:
-                return await self.link.send(commands)
-            except LINK_ERRORS as error:
-                log.warning("%s: a result could not be written (%s); trying again", self.name, error)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 1.0)
+                outcome = await self.settling.placate(fill, progress.placated)
+                if outcome is not None:
+                    await self.settling.tell(outcome)
+                    progress.placated += len(outcome.waiters)
+                    self.counters.add("degraded", len(outcome.waiters))
+            except LeaseLost:
+                return  # the heart will see it too, and end the call
 
 
 def _problem(error: Exception) -> str:
@@ -371,10 +303,12 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
     """Run an LLM worker over every partition until `stop` is set.
 
     Raises:
-        ConfigError: fewer slots than partitions, or the provider is not configured.
+        ConfigError: fewer slots than partitions, or a provider, chain or resolver that cannot be had.
     """
-    provider = make_provider(settings)
-    limits = RateLimits(settings, resolve_url(settings))
+    chains = Chains(settings)
+    chains.check()
+    url = resolve_url(settings)
+    limits, breaker = RateLimits(settings, url), Breaker(settings, url)
 
     def consumer(crew: Crew, partition_keys: PartitionKeys) -> LLMConsumer:
         if settings.concurrency < crew.partitions:
@@ -386,10 +320,11 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
         # A fixed share each: a slot borrowed by an idle partition's blocking read would starve a busy one.
         share, more = divmod(settings.concurrency, crew.partitions)
         slots = share + (partition_keys.partition < more)
-        return LLMConsumer(crew, partition_keys, provider=provider, limits=limits, slots=slots)
+        return LLMConsumer(crew, partition_keys, chains=chains, limits=limits, breaker=breaker, slots=slots)
 
     try:
         await run_crew("llm", settings, stop, on_ready, consumer)
     finally:
-        await provider.close()
+        await chains.close()
+        await breaker.close()
         await limits.close()

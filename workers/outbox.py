@@ -13,6 +13,10 @@ from shared.link import Command
 from shared.scripts import SCRIPTS
 
 _PAIRS = 256
+#: How a waiter stands in its flight's list: 0 it began the flight, 1 it joined; 2 and 3 likewise, and it takes no
+#: stored answer instead.
+JOINED = (b"1", b"3")
+STRICT = (b"2", b"3")
 
 
 def error_payload(error: MillpondError) -> bytes:
@@ -32,14 +36,21 @@ class Outbox:
         if client:
             self._replies[client] += (request_ids, payload)
 
-    def add_waiters(self, waiters: Sequence[bytes], first: bytes, rest: bytes) -> None:
-        """Answer everyone aboard a flight: who began it with `first`, who joined with `rest`."""
-        groups: defaultdict[tuple[str, bool], dict[bytes, None]] = defaultdict(dict)
+    def add_waiters(self, waiters: Sequence[bytes], first: bytes, rest: bytes, strict: bytes | None = None) -> None:
+        """Answer everyone aboard a flight: who began it with `first`, who joined with `rest`.
+
+        Those who take no stored answer get `strict` instead, if it is given; nothing if it is empty.
+        """
+        groups: defaultdict[tuple[str, bytes], dict[bytes, None]] = defaultdict(dict)
         for aboard in waiters:
-            client, request_id, joined, _ = aboard.split(b" ")
-            groups[client.decode(), joined == b"1"][request_id] = None
-        for (to, late), ids in groups.items():
-            self._replies[to] += (b" ".join(ids), rest if late else first)
+            client, request_id, how, *_ = aboard.split(b" ")
+            groups[client.decode(), how][request_id] = None
+        for (to, how), ids in groups.items():
+            payload = rest if how in JOINED else first
+            if strict is not None and how in STRICT:
+                payload = strict
+            if payload:
+                self._replies[to] += (b" ".join(ids), payload)
 
     def take(self, not_after_ms: int) -> list[Command]:
         """Return the commands that send everything, unless the server's clock is past `not_after_ms`; empty it."""

@@ -138,7 +138,8 @@ async def _flush(crew: Crew, link: Link, *, farewell: bool = False) -> None:
         ("DEL", name) if farewell else ("SET", name, orjson.dumps(about), "PX", _BEAT_TTL_MS)
     )
     try:
-        await link.send([tuple(beat), *Counters.commands(taken)])
+        *_, pressure = await link.send([tuple(beat), *Counters.commands(taken), ("EXISTS", keys.PRESSURE)])
+        crew.pressure = bool(pressure)
     except (*LINK_ERRORS, ResponseError):
         crew.counters.put_back(taken)
         if not farewell:

@@ -1,27 +1,40 @@
-"""LLM providers, and what stands between them and the pool: retries, rate limits, the quality gate.
+"""LLM providers, and what stands between them and the pool: chains, circuits, retries, rate limits, the quality gate.
 
-To add a provider: a module here with a class that satisfies `base.Provider`, its name in `Settings.provider`, and a
-line in `make_provider`. Nothing here imports a provider's library before that provider is chosen.
+To add a provider: a module here with a class that satisfies `base.Provider`, its name in `Settings.provider` and
+`Endpoint.kind`, and a line in `make_provider`. Nothing here imports a provider's library before it is chosen.
 """
 
 from __future__ import annotations
 
+from shared.errors import ConfigError
 from shared.providers.base import Call, Completion, Endpoint, Provider
 from shared.settings import Settings
 
 __all__ = ["Call", "Completion", "Endpoint", "Provider", "make_provider"]
 
+#: The names that need no `[providers.NAME]`.
+DEFAULTS = ("openai", "simulated")
 
-def make_provider(settings: Settings) -> Provider:
-    """Return the provider in force (`settings.provider_name`); it connects at its first call.
+
+def make_provider(settings: Settings, name: str | None = None) -> Provider:
+    """Return a provider by its name (default: `settings.provider_name`); it connects at its first call.
+
+    A name is one of `settings.providers`, else one of `DEFAULTS`.
 
     Raises:
-        ConfigError: the provider's library or its key is missing.
+        ConfigError: there is none of that name, or the provider's library or its key is missing.
     """
-    if settings.provider_name == "openai":
+    name = name or settings.provider_name
+    endpoint = settings.providers.get(name)
+    if endpoint is None and name not in DEFAULTS:
+        raise ConfigError(
+            f"no provider {name!r}; known: {', '.join(sorted({*settings.providers, *DEFAULTS}))}",
+            field=f"providers.{name}",
+        )
+    if (endpoint.kind if endpoint is not None else name) == "openai":
         from shared.providers.openai import OpenAIProvider
 
-        return OpenAIProvider(settings)
+        return OpenAIProvider(settings, name, endpoint)
     from shared.providers.simulated import SimulatedProvider
 
-    return SimulatedProvider(settings)
+    return SimulatedProvider(settings, name)

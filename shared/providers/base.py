@@ -39,11 +39,17 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A provider's answer: `body` is its own JSON, byte for byte; the tokens are read from it."""
+    """A provider's answer: `body` is its own JSON, byte for byte; the tokens are read from it.
+
+    With a `value` (an entry's: `{"kind": "bytes"}`, or `{"kind": "array", "dtype", "shape"}`) the body is those bytes.
+    A `judged` answer does not pass the quality gate: it is no provider's JSON.
+    """
 
     body: bytes
     prompt_tokens: int
     completion_tokens: int
+    value: dict[str, Any] | None = None
+    judged: bool = False
 
     @classmethod
     def read(cls, body: bytes) -> Completion:

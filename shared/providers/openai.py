@@ -25,7 +25,7 @@ from shared.errors import (
     RateLimited,
 )
 from shared.providers.base import Call, Completion
-from shared.settings import Settings
+from shared.settings import Endpoint, Settings
 
 NAME = "openai"
 
@@ -40,22 +40,31 @@ _LONGEST_MESSAGE = 500
 
 
 class OpenAIProvider:
-    """The OpenAI API at `openai_base_url`.
+    """The OpenAI API at `openai_base_url`, or at a named endpoint.
+
+    An endpoint of another address is never shown the deployment's own key.
 
     Raises:
         ConfigError: neither a key nor a base URL (local servers need no key) is configured.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.name = NAME
-        self._key = settings.api_key
-        if self._key is None and settings.openai_base_url is None:
+    def __init__(self, settings: Settings, name: str = NAME, endpoint: Endpoint | None = None) -> None:
+        self.name = name
+        self._key, address = settings.api_key, settings.openai_base_url
+        if endpoint is not None:
+            if endpoint.base_url is not None:
+                self._key, address = None, endpoint.base_url
+            if endpoint.api_key is not None:
+                self._key = endpoint.api_key.get_secret_value()
+        self._address = "MILLPOND_OPENAI_BASE_URL" if endpoint is None else f"base_url in [providers.{name}]"
+        self._key_setting = "MILLPOND_OPENAI_API_KEY" if endpoint is None else f"api_key in [providers.{name}]"
+        if self._key is None and address is None:
             raise ConfigError(
                 "the openai provider needs a key: set MILLPOND_OPENAI_API_KEY, or MILLPOND_OPENAI_BASE_URL for a "
                 "server that asks for none, or MILLPOND_PROVIDER=simulated to try Millpond without one",
                 field="openai_api_key",
             )
-        self._client = openai.AsyncOpenAI(api_key=self._key or "none", base_url=settings.openai_base_url, max_retries=0)
+        self._client = openai.AsyncOpenAI(api_key=self._key or "none", base_url=address, max_retries=0)
 
     async def complete(self, call: Call) -> Completion:
         """Answer one call; cancelling it closes the HTTP request.
@@ -69,14 +78,14 @@ class OpenAIProvider:
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise _too_slow(call.timeout) from None
+            raise self._too_slow(call.timeout) from None
         except openai.APITimeoutError:
-            raise _too_slow(call.timeout) from None
+            raise self._too_slow(call.timeout) from None
         except openai.APIConnectionError as error:
             raise ProviderUnreachable(
                 f"no connection to {self._client.base_url}, or it broke ({error.__cause__ or error}); check the "
-                "network and MILLPOND_OPENAI_BASE_URL",
-                provider=NAME,
+                f"network and {self._address}",
+                provider=self.name,
             ) from error
         except openai.APIStatusError as error:
             raise self._refused(error.status_code, error.body, error.response.headers) from error
@@ -101,10 +110,10 @@ class OpenAIProvider:
             completion = Completion.read(body)
         except ValueError as error:
             raise ProviderError(
-                f"{NAME} answered 200, but not with a JSON object ({error}); check that MILLPOND_OPENAI_BASE_URL "
+                f"{self.name} answered 200, but not with a JSON object ({error}); check that {self._address} "
                 "is the API's address, usually ending in /v1",
                 status=200,
-                provider=NAME,
+                provider=self.name,
             ) from None
         answer = orjson.loads(body)
         if isinstance(answer.get("error"), dict) and not {"choices", "output", "data"} & answer.keys():
@@ -113,36 +122,50 @@ class OpenAIProvider:
         return completion
 
     def _refused(self, status: int, body: object, headers: Mapping[str, str]) -> ProviderError:
-        error = error_of(status, body, headers)
+        error = error_of(status, body, headers, name=self.name, check=(self._key_setting, self._address))
         if self._key:
             error.message = error.message.replace(self._key, "***")
             error.args = (error.message,)
         return error
 
+    def _too_slow(self, timeout: float) -> ProviderTimeout:
+        return ProviderTimeout(
+            f"{self.name} gave no answer within {timeout:.3g} s; if it is merely slow, raise MILLPOND_ATTEMPT_TIMEOUT",
+            provider=self.name,
+        )
 
-def error_of(status: int, body: object, headers: Mapping[str, str], now: float | None = None) -> ProviderError:
+
+def error_of(
+    status: int,
+    body: object,
+    headers: Mapping[str, str],
+    now: float | None = None,
+    *,
+    name: str = NAME,
+    check: tuple[str, str] = ("MILLPOND_OPENAI_API_KEY", "MILLPOND_OPENAI_BASE_URL"),
+) -> ProviderError:
     """Return the typed error for an HTTP status, the `error` object of its body (or its text), and its headers.
 
     429 is `RateLimited`, save for an exhausted quota, which no retry cures; refused content is `ContentFiltered`;
     all else is a `ProviderError` with its status. `now` is the time (seconds since the epoch) a dated Retry-After
-    counts from.
+    counts from; `check` are the settings that hold the key and the address.
     """
     fields = body if isinstance(body, dict) else {}
     said = fields.get("message") if isinstance(fields.get("message"), str) else body if isinstance(body, str) else ""
-    message = f"{NAME} answered {status}: {str(said).strip()[:_LONGEST_MESSAGE] or 'without a message'}"
+    message = f"{name} answered {status}: {str(said).strip()[:_LONGEST_MESSAGE] or 'without a message'}"
     codes = {str(fields.get("code")), str(fields.get("type")), _inner_code(fields)}
     if codes & _FILTERED and status < 500:
-        return ContentFiltered(f"{message}; change the content and ask again", status=status, provider=NAME)
+        return ContentFiltered(f"{message}; change the content and ask again", status=status, provider=name)
     if codes & _UNPAID:  # without its status: by that it would count as retryable
-        return ProviderError(f"{message}; add credit or use another key", provider=NAME)
+        return ProviderError(f"{message}; add credit or use another key", provider=name)
     wait = retry_after(headers, time.time() if now is None else now)
     if status == 429:
-        return RateLimited(message, status=status, provider=NAME, retry_after=wait)
+        return RateLimited(message, status=status, provider=name, retry_after=wait)
     if status in (401, 403):
-        message += "; check MILLPOND_OPENAI_API_KEY and what it may use"
+        message += f"; check {check[0]} and what it may use"
     elif status == 404:
-        message += "; check the model's name and MILLPOND_OPENAI_BASE_URL"
-    return ProviderError(message, status=status, provider=NAME, retry_after=wait)
+        message += f"; check the model's name and {check[1]}"
+    return ProviderError(message, status=status, provider=name, retry_after=wait)
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -163,10 +186,3 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 def _inner_code(fields: dict[str, Any]) -> str:
     inner = fields.get("innererror")
     return str(inner.get("code")) if isinstance(inner, dict) else ""
-
-
-def _too_slow(timeout: float) -> ProviderTimeout:
-    return ProviderTimeout(
-        f"{NAME} gave no answer within {timeout:.3g} s; if it is merely slow, raise MILLPOND_ATTEMPT_TIMEOUT",
-        provider=NAME,
-    )

@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 
 from shared.answers import joined, objects
-from shared.errors import ProviderError
+from shared.errors import ContentFiltered, ProviderError, RateLimited
 from shared.providers.base import Call, Completion
 from shared.providers.prose import answer, tokens
 from shared.settings import Settings
@@ -41,8 +41,8 @@ _SPREAD = 8  # coordinates that one feature of a text moves
 class SimulatedProvider:
     """A stand-in for an LLM. Its answers' `model`, `system_fingerprint` and ids carry the word "simulated"."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.name = NAME
+    def __init__(self, settings: Settings, name: str = NAME) -> None:
+        self.name = name
         self._settings = settings
         self._chance = random.Random(settings.simulated_seed)
         if settings.simulated_journal is not None:
@@ -52,14 +52,16 @@ class SimulatedProvider:
         """Answer one call after the first-token delay and the time its longest choice takes to write.
 
         Raises:
-            ProviderError: with status 503, at the configured failure rate, after the first-token delay.
+            ProviderError: with status 503, at the configured failure rate, after the first-token delay; with the
+                status that `simulated_outage` says, at once.
         """
         arrived = time.perf_counter()  # uvloop's own clock stands still within a turn, and counts whole milliseconds
         settings, began = self._settings, asyncio.get_running_loop().time()
         sha = fingerprint(call)
         prompt = list(_prompt(call.body))
         if settings.simulated_journal is not None:
-            _record(settings.simulated_journal, call.endpoint, sha, prompt[-1] if prompt else "")
+            _record(settings.simulated_journal, self.name, call.endpoint, sha, prompt[-1] if prompt else "")
+        await self._outage()
         fails = self._chance.random() < settings.simulated_failure_rate
         if call.endpoint == "embeddings":
             body, written = _embeddings(call.body), 0
@@ -71,7 +73,7 @@ class SimulatedProvider:
             raise ProviderError(
                 "simulated failure: the simulated provider fails at MILLPOND_SIMULATED_FAILURE_RATE; try again",
                 status=503,
-                provider=NAME,
+                provider=self.name,
             )
         await _until(began + settings.simulated_first_token + written / settings.simulated_tokens_per_second)
         completion = Completion.read(orjson.dumps(body))
@@ -79,8 +81,29 @@ class SimulatedProvider:
             _append(settings.simulated_journal, {"sha": sha, "elapsed": time.perf_counter() - arrived})
         return completion
 
+    async def _outage(self) -> None:
+        """Fail, or never answer, if the outage file says so of this provider."""
+        trouble = trouble_of(self.name, self._settings.simulated_outage)
+        if trouble == "hang":
+            await asyncio.Event().wait()
+        if trouble:
+            status = int(trouble)
+            kind = {429: RateLimited, 451: ContentFiltered}.get(status, ProviderError)
+            raise kind(f"simulated outage of {self.name} ({status})", status=status, provider=self.name)
+
     async def close(self) -> None:
         """Nothing to give up."""
+
+
+def trouble_of(name: str, outage: Path | None) -> str:
+    """Return how a provider fails by an outage file: an HTTP status, `hang`, or "" when it does not."""
+    try:
+        lines = [line.split() for line in outage.read_text().splitlines()] if outage is not None else [["", ""]]
+    except FileNotFoundError:
+        return ""
+    if not any(lines):
+        return "503"
+    return next((line[1] if len(line) > 1 else "503" for line in lines if line and line[0] == name), "")
 
 
 async def _until(moment: float) -> None:
@@ -89,9 +112,10 @@ async def _until(moment: float) -> None:
 
 
 def calls(journal: Path) -> list[dict[str, Any]]:
-    """Return every call a journal holds, oldest first: `time` (epoch seconds), `pid`, `endpoint`, `sha`, `prompt`.
+    """Return every call a journal holds, oldest first.
 
-    This is the provider's own count of calls. A journal that does not exist yet holds none.
+    Each has `time` (epoch seconds), `pid`, `endpoint`, `sha`, `prompt` and the `provider` by name. This is the
+    providers' own count of calls. A journal that does not exist yet holds none.
     """
     return [line for line in _lines(journal) if "elapsed" not in line]
 
@@ -108,9 +132,9 @@ def fingerprint(call: Call) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _record(journal: Path, endpoint: str, sha: str, prompt: str) -> None:
+def _record(journal: Path, name: str, endpoint: str, sha: str, prompt: str) -> None:
     line = {"time": time.time(), "pid": os.getpid(), "endpoint": endpoint, "sha": sha, "prompt": prompt[:120]}
-    _append(journal, line)
+    _append(journal, line | {"provider": name})
 
 
 def _append(journal: Path, line: dict[str, Any]) -> None:

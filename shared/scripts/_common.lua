@@ -106,6 +106,19 @@ local function failed_until(failed_key)
   return nil
 end
 
+-- The entry that those aboard the flight `token` may have for want of its answer; nil when there is none. Whose labels are no
+-- longer known (the flight was replaced, or has too many) gets none.
+local function spare(entry_key, tags_key, key, flight_key, token)
+  local text = redis.call('GET', entry_key)
+  local entry = text and head(text)
+  if not entry then return nil end
+  if entry.gone <= now_ms() then return nil end
+  local flight = redis.call('HMGET', flight_key, 'token', 'tags', 'store')
+  if flight[1] ~= token or flight[3] == 'many-tags' then return nil end
+  if invalidated(tags_key, key, entry.labels, entry.epoch) then return nil end
+  return fit_for(tags_key, key, lines(flight[2]), entry) and text or nil
+end
+
 -- Let `key` live at least until `at_ms`; never shorten its life.
 local function keep_until(key, at_ms)
   if redis.call('PTTL', key) == -1 then

@@ -97,13 +97,15 @@ if not status then
 end
 
 if shared and not leader then keep_until(KEYS[4], ARGV[9]) end
-local waiters = {}
+local waiters, strict = {}, mode == 'refresh' or ARGV[6] ~= '0'
 for i, waiter in ipairs(asking) do
   if leader and waiter == leader then
     status = 'LEAD'
   elseif waiter ~= '' then
-    -- A waiter: who, 0 if the flight began for it or 1 if it joined, and when it was published (ms).
-    waiters[#waiters + 1] = waiter .. (status == 'BEGUN' and i == 1 and ' 0 ' or ' 1 ') .. string.match(ids[i], '^%d+')
+    -- A waiter: who; 0 if the flight began for it or 1 if it joined, 2 more if it takes no stored answer should the flight
+    -- fail; when it was published (ms).
+    local how = (status == 'BEGUN' and i == 1 and 0 or 1) + (strict and 2 or 0)
+    waiters[#waiters + 1] = string.format('%s %d %s', waiter, how, string.match(ids[i], '^%d+'))
   end
 end
 if #waiters > 0 then

@@ -1,0 +1,163 @@
+"""Embeddings in batches: texts asked one by one, at about the same moment, go to the provider in one call.
+
+Only requests whose `input` is a single text, and which are otherwise alike, are put together; each gets its own vector
+(float32, little-endian) and its share of the tokens. A list goes out, and its answer comes back, as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from shared.errors import ProviderError
+from shared.providers.base import Call, Completion, Provider
+
+#: Seconds for which a first text waits for others; the most texts of a call.
+WINDOW = 0.003
+MOST = 256
+
+
+@dataclass(slots=True)
+class _Waiting:
+    call: Call
+    future: asyncio.Future[Completion]
+
+
+class EmbeddingBatches:
+    """A provider, with its embeddings of single texts put together; everything else passes through."""
+
+    def __init__(self, provider: Provider, *, window: float = WINDOW, most: int = MOST) -> None:
+        self.name = provider.name
+        self._provider = provider
+        self._window = window
+        self._most = most
+        self._open: dict[bytes, list[_Waiting]] = {}
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def complete(self, call: Call) -> Completion:
+        """Answer one call; cancelling it leaves the others of its batch alone.
+
+        Raises:
+            ProviderError: the batch's own error, the same object for all of it.
+        """
+        text = call.body.get("input")
+        if call.endpoint != "embeddings" or not isinstance(text, str):
+            return await self._provider.complete(call)
+        alike = orjson.dumps({k: v for k, v in call.body.items() if k != "input"}, option=orjson.OPT_SORT_KEYS)
+        waiting = self._open.get(alike)
+        if waiting is None:
+            waiting = self._open[alike] = []
+            task = asyncio.create_task(self._gather(alike, waiting))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+        mine = _Waiting(call, asyncio.get_running_loop().create_future())
+        waiting.append(mine)
+        if len(waiting) >= self._most:
+            del self._open[alike]
+        return await mine.future
+
+    async def close(self) -> None:
+        """Give up what is under way, and the provider."""
+        for task in (sending := list(self._sending)):
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        await self._provider.close()
+
+    async def _gather(self, alike: bytes, waiting: list[_Waiting]) -> None:
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await asyncio.sleep(self._window)
+            if self._open.get(alike) is waiting:
+                del self._open[alike]
+            batch = [one for one in waiting if not one.future.done()]
+            if batch:
+                # Once nobody waits any more (time-outs, lost leases) the call ends too.
+                everyone = _all_done([one.future for one in batch])
+                tasks = [asyncio.create_task(work) for work in (self._send(batch), everyone)]
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for one in waiting:
+                one.future.cancel()
+
+    async def _send(self, batch: list[_Waiting]) -> None:
+        if len(batch) == 1:
+            await self._singly(batch[0])
+            return
+        body = batch[0].call.body | {"input": [one.call.body["input"] for one in batch]}
+        try:
+            completion = await self._provider.complete(Call("embeddings", body, max(one.call.timeout for one in batch)))
+            settled: list[Completion] | ProviderError = self._split(batch, completion)
+        except ProviderError as error:
+            if error.status is not None and 400 <= error.status < 500 and not error.retryable:
+                # One text may be what was refused: the others must not fail for it.
+                await asyncio.gather(*map(self._singly, batch))
+                return
+            settled = error
+        except Exception as error:
+            settled = ProviderError(f"unexpected {type(error).__name__}: {error}", provider=self.name)
+        for at, one in enumerate(batch):
+            if one.future.done():
+                continue
+            if isinstance(settled, ProviderError):
+                one.future.set_exception(settled)
+            else:
+                one.future.set_result(settled[at])
+
+    async def _singly(self, one: _Waiting) -> None:
+        try:
+            (completion,) = self._split([one], await self._provider.complete(one.call))
+        except Exception as error:
+            if not one.future.done():
+                one.future.set_exception(error)
+            return
+        if not one.future.done():
+            one.future.set_result(completion)
+
+    def _split(self, batch: list[_Waiting], completion: Completion) -> list[Completion]:
+        vectors = self._vectors(completion.body, len(batch))
+        tokens = shares(completion.prompt_tokens, [len(one.call.body["input"]) for one in batch])
+        return [
+            Completion(vector, count, 0, {"kind": "array", "dtype": "<f4", "shape": [len(vector) // 4]}, judged=True)
+            for vector, count in zip(vectors, tokens, strict=True)
+        ]
+
+    def _vectors(self, body: bytes, expected: int) -> list[bytes]:
+        try:
+            found = sorted(orjson.loads(body)["data"], key=lambda item: int(item.get("index", 0)))
+            vectors = [_float32(item["embedding"]) for item in found]
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise ProviderError(f"{self.name} gave no embeddings ({error!r})", provider=self.name) from error
+        if len(vectors) != expected or not all(vectors):
+            raise ProviderError(
+                f"{self.name} gave {len(vectors)} embeddings for {expected} texts, or empty ones", provider=self.name
+            )
+        return vectors
+
+
+async def _all_done(futures: list[asyncio.Future[Completion]]) -> None:
+    await asyncio.wait(futures)
+
+
+def _float32(embedding: Any) -> bytes:
+    if isinstance(embedding, str):  # base64, when the request asked for it
+        return base64.b64decode(embedding, validate=True)
+    return struct.pack(f"<{len(embedding)}f", *embedding)
+
+
+def shares(total: int, weights: list[int]) -> list[int]:
+    """Split `total` in proportion to `weights`; the parts add up to it."""
+    whole, given, out = sum(weights) or 1, 0, []
+    reached = 0
+    for weight in weights:
+        reached += weight
+        out.append(total * reached // whole - given)
+        given += out[-1]
+    return out
