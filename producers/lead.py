@@ -26,13 +26,11 @@ from shared.errors import ComputeError
 from shared.faults import fault_point
 from shared.keys import PartitionKeys
 from shared.link import LINK_ERRORS, Command, Link
-from shared.scripts import SCRIPTS
+from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings
 
 log = logging.getLogger("millpond.client")
 
-#: How long (ms) what a flight came to is remembered, for a leader whose connection was cut while it said so.
-_OUTCOME_MS = 60_000
 #: Seconds for which a caller whose value is there waits for it to be stored.
 _PATIENCE = 2.0
 _PAIRS = 256
@@ -117,19 +115,26 @@ class Leader:
         self._settings = settings
         self._names = PartitionKeys(grant.partition)
         self._over = False
+        #: how long what the flight came to is remembered: as long as a cut connection may have it said again
+        self._outcome_ms = int(grant.lease * 2000)
+        #: by the server's clock; 0 until a renewal has told it
+        self._lease_end_ms = 0
         self._heart = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
         grant, names = self._grant, self._names
-        renewal = SCRIPTS["lead_renew"].call([names.flight(grant.key)], [grant.token, int(grant.lease * 1000)])
+        lease_ms = int(grant.lease * 1000)
         while True:
-            await asyncio.sleep(grant.lease / 4)
+            args: list[Arg] = [grant.token, lease_ms, self._lease_end_ms]
             try:
-                if not await self._link.call(renewal):
-                    log.warning("the computation of %s took longer than its lease; another computes it", grant.key)
+                now_ms = await self._link.call(SCRIPTS["lead_renew"].call([names.flight(grant.key)], args))
+                if not now_ms:
+                    log.warning("the computation of %s was out of reach for a lease; another computes it", grant.key)
                     return
+                self._lease_end_ms = now_ms + lease_ms
             except LINK_ERRORS as error:
                 log.debug("a lease is not renewed (%s); trying again", error)
+            await asyncio.sleep(grant.lease / 4)
 
     async def land(self, value: Encoded, compute_ms: int) -> None:
         """Store the value and tell all who wait; nothing if the flight was lost, or handed on."""
@@ -141,7 +146,7 @@ class Leader:
         args: list[Any] = [
             grant.key, grant.token, grant.epoch, grant.ttl_ms, grant.stale_ms, grant.error_ms, grant.probation_ms,
             value.meta(grant.model, compute_ms), value.data, settings.invalidation_limit, settings.landed_limit,
-            _OUTCOME_MS, "\n".join(grant.tags),
+            self._outcome_ms, "\n".join(grant.tags), self._lease_end_ms,
         ]  # fmt: skip
         reply = await self._settle(SCRIPTS["lead_land"].call(flight, args))
         if reply[0] == b"LOST":
@@ -162,7 +167,9 @@ class Leader:
         flight = [
             names.flight(grant.key), names.waiters(grant.key, grant.token), names.outcome(grant.key, grant.token),
         ]  # fmt: skip
-        reply = await self._settle(SCRIPTS["lead_fail"].call(flight, [grant.token, _OUTCOME_MS]))
+        reply = await self._settle(
+            SCRIPTS["lead_fail"].call(flight, [grant.token, self._outcome_ms, self._lease_end_ms])
+        )
         if reply[0] == b"LOST":
             return
         _, now_ms, waiters = reply
@@ -193,7 +200,8 @@ class Leader:
             SCRIPTS["reply"].call([keys.reply(client)], [not_after_ms, self._settings.reply_limit, *pairs])
             for client, pairs in _addressed(waiters, first, rest)
         ]
-        forget = ("DEL", self._names.waiters(self._grant.key, self._grant.token))
+        flight = self._grant.key, self._grant.token
+        forget = ("DEL", self._names.waiters(*flight), self._names.outcome(*flight))
         try:
             if told and -1 in await self._link.send(told):
                 return

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from shared.errors import InvalidRequest, NotCached, Superseded, Unavailable
 from shared.keys import PartitionKeys, partition_of
 from shared.link import LINK_ERRORS, Command
 from shared.messages import Question, understand
-from shared.scripts import SCRIPTS
+from shared.scripts import SCRIPTS, Arg
 
 #: How much of an entry `info` reads: 32 tags of 200 characters, and the meta line.
 _HEAD = 16_384
@@ -138,13 +137,13 @@ class Store(Connection):
             reply = await self._look_up(profile, args, timeout, tenant=tenant, scope=scope)
         except NotCached:
             return None
-        partition = partition_of(reply.key, await self._partitions())
-        entry = PartitionKeys(partition).entry(reply.key)
-        head, size = await self._persist([("GETRANGE", entry, 0, _HEAD), ("STRLEN", entry)])
+        names, (head, size) = await self._at(
+            reply.key, lambda k: [("GETRANGE", k.entry(reply.key), 0, _HEAD), ("STRLEN", k.entry(reply.key))]
+        )
         tags, compute_time = _told(head, reply.epoch)
         return Info(
             key=reply.key,
-            partition=partition,
+            partition=names.partition,
             tier=reply.tier,
             age=reply.age,
             ttl=reply.ttl,
@@ -184,7 +183,7 @@ class Store(Connection):
         encoded = encode(value)
         question = self._question(profile, args, tags=tags, ttl=ttl, tenant=tenant, scope=scope)
         if question.stores:  # not where the cache is switched off
-            (outcome,) = await self._persist([await self._put_command(question, encoded, epoch)])
+            _, (outcome,) = await self._at(question.key, lambda k: [self._put_command(k, question, encoded, epoch)])
             if outcome != b"stored":
                 why = "what it rests on was invalidated" if outcome == b"invalidated" else "a newer one is there"
                 raise Superseded(f"the value was not stored: {why}; compute it again")
@@ -200,9 +199,8 @@ class Store(Connection):
             Unavailable: no server could be reached; call again (twice does no harm).
         """
         question = self._question(profile, args, tenant=tenant, scope=scope)
-        names = PartitionKeys(partition_of(question.key, await self._partitions()))
-        args_: list[Any] = [self._id, self._settings.invalidation_limit, f"key:{question.key}"]
-        await self._persist([SCRIPTS["invalidate"].call([names.invalidations, names.tags], args_)])
+        what: list[Arg] = [self._id, self._settings.invalidation_limit, f"key:{question.key}"]
+        await self._at(question.key, lambda k: [SCRIPTS["invalidate"].call([k.invalidations, k.tags], what)])
         if self._fallback is not None:
             self._fallback.invalidated()
 
@@ -222,8 +220,7 @@ class Store(Connection):
         assert isinstance(reply, Reply)  # noqa: S101 (nothing else answers such a request)
         return reply
 
-    async def _put_command(self, question: Question, value: Encoded, epoch: str | None) -> Command:
-        k = PartitionKeys(partition_of(question.key, await self._partitions()))
+    def _put_command(self, k: PartitionKeys, question: Question, value: Encoded, epoch: str | None) -> Command:
         settings = self._settings
         return SCRIPTS["put"].call(
             [k.entry(question.key), k.tags, k.landed, k.invalidations],
@@ -234,20 +231,26 @@ class Store(Connection):
             ],
         )  # fmt: skip
 
-    async def _persist(self, commands: Sequence[Command]) -> list[Any]:
-        """Run commands that may run twice; raise `Unavailable` when they cannot be known to have run."""
-        problem = "no answer"
+    async def _at(
+        self, key: str, commands: Callable[[PartitionKeys], Sequence[Command]]
+    ) -> tuple[PartitionKeys, list[Any]]:
+        """Run commands, which may run twice, on the partition of `key`; return its names and their results.
+
+        Raises:
+            Unavailable: they cannot be known to have run.
+        """
+        problem = ""
         for attempt in range(4):
-            with contextlib.suppress(*LINK_ERRORS):
+            try:
                 link, _ = await self._connected()
-                try:
-                    return await link.send(commands)
-                except RedisError as error:
-                    problem = str(error)
-                    if not isinstance(error, LINK_ERRORS):
-                        break
+                names = PartitionKeys(partition_of(key, await self._partitions()))
+                return names, await link.send(commands(names))
+            except LINK_ERRORS as error:
+                problem = str(error)
+            except RedisError as error:
+                raise Unavailable(f"the server refused it: {error}; `millpond doctor` says more") from error
             await asyncio.sleep(0.05 * 2**attempt)
-        raise Unavailable(f"the server did not do it ({problem}): call again once Redis answers")
+        raise Unavailable(f"the server cannot be reached ({problem}): call again once it answers")
 
 
 def _is_id(epoch: str) -> bool:

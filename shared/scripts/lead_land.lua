@@ -2,11 +2,11 @@
 -- KEYS  1 entry:K, 2 flight:K, 3 waiters:K:T, 4 outcome:K:T, 5 tags, 6 landed, 7 invalidations
 -- ARGV  1 K, 2 T, 3 epoch, 4 ttl (ms), 5 serve stale for (ms), 6 keep for errors for (ms), 7 probation (ms), 8 meta JSON,
 --       9 value, 10 log limit, 11 most answers waiting for PostgreSQL, 12 keep the outcome for (ms),
---       13 the leader's tags (newline-joined)
--- Returns {'LOST'} or {reason, now (ms), waiters, fresh until (ms)}; reason 'stored' or why it was not: 'invalidated',
---   'superseded', 'no-store', 'many-tags'. The same again when it is called again, with the first call's `now`.
--- Closes: one who was frozen past its lease storing over what was computed since (token); a value computed from facts
--- older than an invalidation (epoch against markers); a waiter who joins between the store and the replies (the flight is
+--       13 the leader's tags (newline-joined), 14 end of the lease (ms, server clock)
+-- Returns {'LOST'} or {reason, now (ms), waiters, fresh until (ms)}; reason 'stored' or why it was not: 'overtaken'
+--   (a newer flight replaced this one, whose lease lasts), 'invalidated', 'superseded', 'no-store', 'many-tags'. The same again when it is called again, with the first call's `now`.
+-- Closes: one who was frozen past its lease storing over what was computed since (token), or telling those who have
+-- asked again since (lease); a value computed from facts older than an invalidation (epoch against markers); a waiter who joins between the store and the replies (the flight is
 -- gone in the same step, so he finds the entry or begins anew).
 local key, token, epoch = ARGV[1], ARGV[2], ARGV[3]
 local done = redis.call('GET', KEYS[4])
@@ -16,13 +16,16 @@ if done then
   return { reason, tonumber(at), redis.call('LRANGE', KEYS[3], 0, -1), tonumber(fresh) }
 end
 local flight = redis.call('HMGET', KEYS[2], 'token', 'tags', 'ttl', 'store')
-if flight[1] ~= token then return { 'LOST' } end
+local created, current = now_ms(), flight[1] == token
+if not current and created >= tonumber(ARGV[14]) then return { 'LOST' } end
+if not current then flight = {} end
 
 local labels = lines(flight[2] or ARGV[13])
 local ttl, stale, err = tonumber(flight[3] or ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local created = now_ms()
 local reason = 'stored'
-if flight[4] and flight[4] ~= '1' then
+if not current then
+  reason = 'overtaken'
+elseif flight[4] and flight[4] ~= '1' then
   reason = flight[4] == '0' and 'no-store' or flight[4]
 elseif pruned(KEYS[5], epoch) or invalidated(KEYS[5], key, labels, epoch) then
   reason = 'invalidated'
@@ -44,6 +47,6 @@ if reason == 'stored' then
   local life = ttl + stale + err
   redis.call('SET', KEYS[1], text, 'PX', told and math.min(life, tonumber(ARGV[7])) or life)
 end
-redis.call('DEL', KEYS[2])
+if current then redis.call('DEL', KEYS[2]) end
 redis.call('SET', KEYS[4], string.format('%s %d %d', reason, created, created + ttl), 'PX', ARGV[12])
 return { reason, created, redis.call('LRANGE', KEYS[3], 0, -1), created + ttl }

@@ -1,0 +1,94 @@
+"""An application in a process of its own: it computes through `get_or_compute`, says so line by line, may be killed.
+
+`python -m tests.application '{"seconds": 1, "fails": false, "timeout": 20}'`, settings by environment. Every
+computation appends a line to the journal before it begins, so a test counts what ran whoever died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from producers.client import Client
+from shared.embedded import tethered
+from shared.errors import MillpondError
+from tests.processes import FRONT_DOOR, Process
+
+PROFILE = "retrieval"
+ARGS = {"query": "What is a mill race?"}
+
+
+def say(event: str, **fields: Any) -> None:
+    """Print one line for the test to read."""
+    print(json.dumps({"event": event} | fields), flush=True)
+
+
+def noted(journal: str) -> int:
+    """Append to the journal that a computation begins; return which of the application's it is."""
+    with Path(journal).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    return os.getpid()
+
+
+async def application(options: Mapping[str, Any]) -> None:
+    """Ask once; tell what came of it."""
+
+    async def work() -> dict[str, int]:
+        pid = noted(options["journal"])
+        say("computing")
+        await asyncio.sleep(options.get("seconds", 0.0))
+        if options.get("fails"):
+            raise ValueError("no head of water")
+        return {"pid": pid}
+
+    async with Client() as client:
+        say("ready", name="application")
+        asked = client.get_or_compute(
+            options.get("profile", PROFILE), ARGS, work, tags=["mill:1"], timeout=options.get("timeout", 20)
+        )
+        try:
+            say("value", value=await asked)
+        except (MillpondError, ValueError) as error:
+            say("error", kind=type(error).__name__, message=str(error))
+
+
+class Application(Process):
+    """The same, as the test sees it."""
+
+    def __init__(self, settings: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.errors = ""
+        self._changed = threading.Condition()
+        environment = os.environ | {"PYTHONPATH": str(FRONT_DOOR.parent)}
+        for name, value in settings.items():
+            plain = isinstance(value, str | Path)
+            environment[f"MILLPOND_{name.upper()}"] = str(value) if plain else json.dumps(value)
+        self._process = subprocess.Popen(
+            tethered([sys.executable, "-m", "tests.application", json.dumps(options)], signal.SIGKILL),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_lines, self._read_errors)]
+        for reader in self._readers:
+            reader.start()
+
+
+def computed(journal: Path) -> int:
+    """Return how many computations have begun."""
+    return len(journal.read_text().splitlines()) if journal.exists() else 0
+
+
+if __name__ == "__main__":
+    asyncio.run(application(json.loads(sys.argv[1])))
