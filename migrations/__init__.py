@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from shared.errors import ConfigError, Unavailable
+from shared.errors import ConfigError, MillpondError, Unavailable
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -23,17 +23,26 @@ HERE = Path(__file__).parent
 VERSION_TABLE = "millpond_schema"
 #: The steps this version of the code knows, in order.
 KNOWN = sorted(path.name.partition("_")[0] for path in (HERE / "versions").glob("[0-9]*.py"))
-#: pg_advisory_lock: "millpond" in ASCII.
-_LOCK = 0x6D696C6C706F6E64
+#: What a migration holds by pg_advisory_lock: "millpond" in ASCII.
+ADVISORY_LOCK = 0x6D696C6C706F6E64
 _CONNECT_TIMEOUT = 10.0
+#: What says that the connection or the server ended under us; the transaction is undone, another try is safe.
+_GONE = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InterfaceError,
+    OSError,
+    TimeoutError,
+)
 
 
 def migrate(url: str) -> list[str]:
-    """Bring the schema up to date; return the steps applied, oldest first.
+    """Bring the schema up to date, wholly or not at all; return the steps applied, oldest first.
 
     Raises:
         ConfigError: the database is newer than this code (`field` is `database_url`), or its role may not change it.
-        Unavailable: it does not answer.
+        Unavailable: it does not answer, or went away meanwhile.
+        MillpondError: it refused a step: what is there already is not of our making.
     """
     return asyncio.run(migrate_async(url))
 
@@ -48,6 +57,8 @@ async def current_async(url: str) -> str | None:
     connection = await _connect(url)
     try:
         return await version(connection)
+    except _GONE as error:
+        raise _unavailable(error) from None
     finally:
         await connection.close()
 
@@ -67,7 +78,7 @@ async def migrate_async(url: str) -> list[str]:
     engine = create_async_engine("postgresql+asyncpg://", async_creator=lambda: _connect(url), poolclass=NullPool)
     try:
         async with engine.connect() as connection:
-            await connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": _LOCK})
+            await connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": ADVISORY_LOCK})
             await connection.commit()  # the lock is the session's: it goes when the connection does
             applied = _steps_after(await connection.run_sync(_recorded))
             if applied:
@@ -76,8 +87,13 @@ async def migrate_async(url: str) -> list[str]:
             return applied
     except DBAPIError as error:
         cause = error.orig and error.orig.__cause__
+        if isinstance(cause, _GONE):
+            raise _unavailable(cause) from None
         if not isinstance(cause, asyncpg.InsufficientPrivilegeError):
-            raise
+            raise MillpondError(
+                f"PostgreSQL refused to bring its schema up to date, and nothing was changed: {cause or error.orig}; "
+                "is there something else in this database?"
+            ) from None
         raise ConfigError(
             f"the database's role may not create its tables ({cause}): grant it CREATE on schema public, or run "
             "`millpond migrate` as the owner",
@@ -123,14 +139,16 @@ async def _connect(url: str) -> asyncpg.Connection:
     except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
         raise ConfigError(f"PostgreSQL refuses: {error}; correct MILLPOND_DATABASE_URL", field="database_url") from None
     except (asyncpg.PostgresError, OSError, TimeoutError) as error:
-        raise Unavailable(
-            f"cannot reach PostgreSQL: {error or type(error).__name__}; `millpond doctor` says what to do"
-        ) from None
+        raise _unavailable(error) from None
     except (ValueError, asyncpg.InterfaceError):  # not repeated: the URL may hold a password
         raise ConfigError(
             "the database's URL cannot be read: as in postgresql://user:password@host:5432/database",
             field="database_url",
         ) from None
+
+
+def _unavailable(error: BaseException) -> Unavailable:
+    return Unavailable(f"cannot reach PostgreSQL: {error or type(error).__name__}; `millpond doctor` says what to do")
 
 
 async def version(connection: asyncpg.Connection) -> str | None:

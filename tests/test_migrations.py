@@ -14,7 +14,7 @@ import pytest
 import migrations
 from shared import postgres
 from shared.database import connect_pool
-from shared.errors import ConfigError, Unavailable
+from shared.errors import ConfigError, MillpondError, Unavailable
 from tests.databases import Database, run_sql
 
 pytestmark = pytest.mark.every_postgresql
@@ -86,6 +86,37 @@ def test_a_role_that_may_not_create_tables_is_told_what_to_do(empty_database: Da
             migrations.migrate(guest)
     finally:
         run_sql(empty_database.url, f"DROP ROLE {role}")
+
+
+async def test_a_migration_whose_session_is_cut_changed_nothing_and_succeeds_the_next_time(
+    empty_database: Database,
+) -> None:
+    holder = await empty_database.connect()
+    await holder.execute("SELECT pg_advisory_lock($1)", migrations.ADVISORY_LOCK)
+    waiting = asyncio.create_task(migrations.migrate_async(empty_database.url))
+    cut = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE application_name = 'migrate' AND wait_event = 'advisory' AND datname = current_database()"
+    )
+    async with asyncio.timeout(20):
+        while not await holder.fetch(cut):  # it does not wait for the lock yet
+            await holder.execute("SELECT pg_sleep(0.01)")
+        with pytest.raises(Unavailable):
+            await waiting
+    assert await migrations.current_async(empty_database.url) is None
+    await holder.close()
+    assert await migrations.migrate_async(empty_database.url) == migrations.KNOWN
+
+
+async def test_a_step_that_is_refused_halfway_leaves_nothing_behind(empty_database: Database) -> None:
+    connection = await empty_database.connect()
+    await connection.execute("CREATE TABLE hits (mine int)")
+    with pytest.raises(MillpondError, match='nothing was changed: relation "hits" already exists'):
+        await migrations.migrate_async(empty_database.url)
+    assert await empty_database.value("SELECT to_regclass('answers')") is None
+    await connection.execute("DROP TABLE hits")
+    await connection.close()
+    assert await migrations.migrate_async(empty_database.url) == migrations.KNOWN
 
 
 @pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/x", "postgresql:///x?host=/nowhere"])

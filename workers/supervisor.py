@@ -23,7 +23,7 @@ from typing import Any
 
 import migrations
 from shared import console
-from shared.errors import ConfigError, MillpondError, Unavailable
+from shared.errors import MillpondError, Unavailable
 from shared.servers import EmbeddedServer, tethered
 from shared.settings import Settings
 from workers import stores
@@ -219,9 +219,9 @@ class _Supervisor:
                 applied = await migrations.migrate_async(self._stores.database_url)
             except Unavailable:
                 continue
-            except ConfigError as error:
+            except MillpondError as error:  # it answers, and trying again would not change what it says
                 self._emit({"event": "error", "component": "postgres", "detail": error.message})
-                self._status = console.CONFIG
+                self._status = console.exit_code(error)
                 self._stop.set()
                 return
             self._emit(stores.migrated(applied or migrations.KNOWN))
