@@ -27,7 +27,7 @@ class Kind(StrEnum):
     @property
     def needs_database(self) -> bool:
         """Whether it has nothing to do without PostgreSQL."""
-        return self in (Kind.persistence, Kind.promotion, Kind.schedule)
+        return self in (Kind.persistence, Kind.promotion)
 
     @property
     def run(self) -> Run:
