@@ -21,7 +21,7 @@ from shared.settings import Settings
 from tests import faults_support
 from tests.command_line import run_json
 from tests.conftest import Server
-from tests.faults_support import Pond, until
+from tests.faults_support import Pond, Raw, until
 from workers import housekeeping, memory, schedule
 from workers.crew import Crew
 from workers.desk import Desk, Result
@@ -250,12 +250,15 @@ async def test_a_flight_that_is_computed_or_refreshed_is_left_alone(pond: Pond) 
 
 
 async def test_a_flight_that_an_application_leads_has_no_fill_and_is_left_alone(pond: Pond) -> None:
-    names = PartitionKeys(0)
-    pond.redis.hset(names.flight("k"), mapping={"token": "t", "lead": "1"})
-    pond.redis.rpush(names.waiters("k", "t"), "client r1 1 1")
-    for name in (names.flight("k"), names.waiters("k", "t")):
-        pond.redis.pexpire(name, 60_000)
-    assert await _audit(pond) == {"flights": 1, "flights_ended": 0, "waiters_told": 0}
+    raw = [Raw(pond, name) for name in ("leads", "waits")]
+    async with pond.working("lookup"):
+        for one in raw:
+            one.publish("r", "Led?", cache=orjson.dumps({"lead": True}))
+        await until(lambda: any("lead" in one for one in raw[0].replies()), "one is elected")
+        await until(lambda: pond.found("{mp:*}:waiters:*"), "the other waits")
+        assert await _audit(pond) == {"flights": 1, "flights_ended": 0, "waiters_told": 0}
+        pond.redis.delete(pond.names("Led?").flight(pond.key("Led?")))  # as if its lease had run out
+        assert await _audit(pond) == {"flights": 0, "flights_ended": 0, "waiters_told": 0}
 
 
 # consumers

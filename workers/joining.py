@@ -15,6 +15,9 @@ from shared.settings import Settings
 from workers.batch import Ask
 from workers.outbox import waiter
 
+#: How the token of a flight begins that an application computes: no fill stands for it.
+LED = "lead-"
+
 _GRACE_MS = 5000
 #: A refresh that nobody has taken up for this long is given up.
 _REFRESH_MS = 600_000
@@ -29,9 +32,9 @@ class Joining:
         self._owner = (group, name)
         self._flights = 0
 
-    def _token(self) -> str:
+    def _token(self, prefix: str = "") -> str:
         self._flights += 1
-        return f"{self._owner[1]}.{self._flights}"
+        return f"{prefix}{self._owner[1]}.{self._flights}"
 
     def join(self, question: Question, asks: list[Ask], now_ms: int) -> Command:
         """Return the command that puts these requests aboard."""
@@ -39,14 +42,14 @@ class Joining:
         bypass = question.mode == "bypass"
         oldest = 0 if question.max_age_ms is None else now_ms - question.max_age_ms
         lease_ms = int(self._settings.compute_lease * 1000) if question.lead else 0
+        token = f"{first.client}.{first.request_id.decode()}" if bypass else self._token(LED if lease_ms else "")
         return SCRIPTS["join"].call(
             [
                 k.requests, k.fills, k.entry(key), k.flight(key), k.tags, k.waiters(key, ""), k.failed(key),
                 k.refreshes,
             ],
             [
-                *self._owner, key, f"{first.client}.{first.request_id.decode()}" if bypass else self._token(),
-                question.mode, oldest, question.ttl_ms, int(question.stores),
+                *self._owner, key, token, question.mode, oldest, question.ttl_ms, int(question.stores),
                 max(ask.deadline_ms for ask in asks) + _GRACE_MS, self._settings.fill_limit,
                 first.body, spec_of(first.question, first.cache), "\n".join(question.tags), lease_ms, keys.LLM_GROUP,
                 *(part for ask in asks for part in (ask.message_id, waiter(ask.client, ask.request_id))),

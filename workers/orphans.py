@@ -17,6 +17,7 @@ from shared.link import Link
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from workers.consumer import server_ms
+from workers.joining import LED
 from workers.outbox import Outbox, error_payload
 
 log = logging.getLogger("millpond.schedule")
@@ -39,9 +40,9 @@ async def audit(link: Link, partitions: int, settings: Settings) -> dict[str, in
             continue
         names = PartitionKeys(partition)
         # Their fills were published before they were seen, and the streams are read from end to end after that: what is
-        # not met there has left them for good.
-        filled = {token for stream in (names.fills, names.refreshes) for token in await _tokens(link, stream)}
-        orphans = sorted(found for found in suspects[partition] if found[1] not in filled)
+        # not met there has left them for good. Refreshes first: one may move to the fills, never back.
+        filled = {token for stream in (names.refreshes, names.fills) for token in await _tokens(link, stream)}
+        orphans = sorted(found for found in suspects[partition] if found[1] not in filled and not _led(found[1]))
         for at in range(0, len(orphans), _PAGE):
             ended, told = await _end(link, names, orphans[at : at + _PAGE], settings)
             counts["flights_ended"] += ended
@@ -49,6 +50,11 @@ async def audit(link: Link, partitions: int, settings: Settings) -> dict[str, in
     if counts["flights_ended"] or counts["waiters_told"]:
         log.warning("orphans: %(flights_ended)d flights had no fill; %(waiters_told)d waiters were told", counts)
     return counts
+
+
+def _led(token: str) -> bool:
+    """Whether an application computes that flight: without a fill, and who waits for it asks again by himself."""
+    return token.startswith(LED)
 
 
 async def _candidates(link: Link) -> tuple[defaultdict[int, set[Candidate]], int]:
