@@ -83,6 +83,8 @@ class Flight:
     tags: set[str]
     shared: bool
     store: bool
+    #: the request it began for; '' when it is a refresh
+    began_for: str = ""
     waiters: list[str] = field(default_factory=list)
     ended: str = ""
     #: the flight whose answer stands in for the one it has not

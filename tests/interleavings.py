@@ -54,6 +54,12 @@ async def lookup(w: World, who: str, ask: Ask, *, after: Ask | None = None) -> A
         await w.answer(who, ask, entry)
 
 
+async def refresher(w: World, who: str, *tags: str) -> Actor:
+    """A lookup worker that has served an answer past its time asks for a refresh."""
+    yield Step("revalidate")
+    await w.revalidate(who, set(tags))
+
+
 async def thief(w: World, who: str, ask: Ask) -> Actor:
     """Another lookup worker, which takes the message over and joins it too."""
     yield Step("steal", lambda: bool(ask.message))

@@ -80,6 +80,7 @@ class Ledger:
             [
                 ("XGROUP", "CREATE", k.requests, keys.LOOKUP_GROUP, "0", "MKSTREAM"),
                 ("XGROUP", "CREATE", k.fills, keys.LLM_GROUP, "0", "MKSTREAM"),
+                ("XGROUP", "CREATE", k.refreshes, keys.LLM_GROUP, "0", "MKSTREAM"),
                 ("XGROUP", "CREATE", k.landed, "persistence", "0", "MKSTREAM"),
                 ("XADD", keys.reply(self.client), "*", "", ""),
                 self.call("invalidate", [k.invalidations, k.tags], ["genesis", 1000]),
@@ -89,7 +90,16 @@ class Ledger:
     async def look(self) -> None:
         """Take in everything there is, and hold it against history."""
         k, tokens = self.k, list(self.flights)
-        names = [k.requests, k.fills, k.landed, k.invalidations, k.tags, k.entry(self.key), k.flight(self.key)]
+        names = [
+            k.requests,
+            k.fills,
+            k.refreshes,
+            k.landed,
+            k.invalidations,
+            k.tags,
+            k.entry(self.key),
+            k.flight(self.key),
+        ]
         names += [name for t in tokens for name in (k.waiters(self.key, t), k.outcome(self.key, t))]
         names.append(keys.reply(self.client))
         dump = await self.link.call(("EVAL", DUMP, len(names), *names))
@@ -121,9 +131,9 @@ class Ledger:
         """Hold against history what everyone was told; nothing may be left."""
         await self.look()
         held = {row[0].decode(): row for row in self.seen}
-        for name in (self.k.requests, self.k.fills):
+        for name in (self.k.requests, self.k.fills, self.k.refreshes):
             must(not held[name][3] and not held[name][4], f"I8: something is left in {name}")
-        stays = {self.k.requests, self.k.fills, self.k.landed, self.k.invalidations, self.k.tags}
+        stays = {self.k.requests, self.k.fills, self.k.refreshes, self.k.landed, self.k.invalidations, self.k.tags}
         stays |= {self.k.entry(self.key), keys.reply(self.client)}
         must(set(held) <= stays, f"left over: {set(held) - stays}")
         told: dict[str, list[dict[str, Any]]] = {name: [] for name in self.asked}
@@ -148,4 +158,4 @@ class Ledger:
         must(reply.get("body") == {"answer": flight.token}, f"{ask.id} was told {reply} instead of {flight.token}")
         if reply["tier"] == "llm":
             must(reply["stored"] == flight.ended, f"{ask.id} was told {reply['stored']}, not {flight.ended}")
-            must(reply["collapsed"] == (flight.waiters[0] != ask.id), f"{ask.id}: collapsed is wrong")
+            must(reply["collapsed"] == (flight.began_for != ask.id), f"{ask.id}: collapsed is wrong")

@@ -22,6 +22,7 @@ from tests.interleavings import (
     leader,
     lookup,
     perform,
+    refresher,
     replay,
     rescuer,
     thief,
@@ -135,6 +136,19 @@ async def refresh_fails(w: World) -> Cast:
     return {"a": leader(w, "a", fails=True), "b": rescuer(w, "b", fails=True), "i": invalidator(w, "x")}
 
 
+async def refreshed(w: World, *, failing: bool = False) -> Cast:
+    """What is stored is refreshed by two workers at once, and invalidated; somebody asks for it anew."""
+    await perform(w, lookup(w, "before", Ask("r0", ("x",))))
+    await perform(w, leader(w, "before"))
+    return {
+        "r": refresher(w, "r", "x"),
+        **({} if failing else {"s": refresher(w, "s", "x")}),
+        "p": lookup(w, "p", Ask("r1", ("x",), "refresh")),
+        "i": invalidator(w, "x"),
+        "a": leader(w, "a", fails=failing),
+    }
+
+
 MODES: tuple[Mode, ...] = ("default", "refresh", "no-store", "bypass")
 SCENARIOS: dict[str, Scenario] = {
     "two_askers_x": partial(two_askers, tag="x"),
@@ -153,6 +167,8 @@ SCENARIOS: dict[str, Scenario] = {
     "stolen_request": stolen_request,
     "stored_and_invalidated": stored_and_invalidated,
     "refresh_fails": refresh_fails,
+    "refreshed": refreshed,
+    "refreshed_failing": partial(refreshed, failing=True),
     **{f"modes_{a}_{b}": partial(modes, first=a, second=b) for a in MODES for b in MODES if a <= b},
     **{f"stored_{a}_{b}": partial(modes, first=a, second=b, stored=True) for a in MODES for b in MODES if a <= b},
 }
@@ -271,6 +287,19 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "redis.call('HSET', KEYS[4], 'store', '1')",
         "",
     ),
+    "join that leaves a refresh with the refreshes": (
+        "refreshed",
+        "join",
+        "redis.call('XADD', KEYS[2], '*', unpack(found[1][2]))",
+        "",
+    ),
+    "join that takes a refresh twice": (
+        "refreshed",
+        "join",
+        "if found[1] and (taken.err or #taken == 0) then",
+        "if found[1] then",
+    ),
+    "revalidate without looking for a flight": ("refreshed", "revalidate", "elseif flies then", "elseif false then"),
     "invalidate without the markers": ("two_askers_x", "invalidate", "redis.call('HSET', KEYS[2], ARGV[i], id)", ""),
     "invalidate without the clock": ("two_askers_x", "invalidate", "redis.call('HSET', KEYS[2], '#last', id)", ""),
     "fetch without the markers": (
