@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ async def test_the_topology_works_as_plain_processes(
     with ExitStack() as stack:
         migrate = stack.enter_context(start("migrate"))
         assert migrate.wait() == 0, migrate.report()
-        names = [name for name in WORKERS for _ in range(SCALED.get(name, 1))]
+        names = [name for name in WORKERS if find_spec(f"workers.{name}") for _ in range(SCALED.get(name, 1))]
         started = [stack.enter_context(start(name)) for name in names]
         for process in started:
             process.wait_for("ready")
@@ -211,7 +212,7 @@ async def test_the_topology_works_as_plain_processes(
         async with Client(settings=load(redis_url=client_url)) as client:
             replies = [await client.ask(f"Question {n % 5}") for n in range(20)]
             assert sum(reply.tier == "llm" for reply in replies) == 5
-            await client.invalidate(tags=["tenant:default"])
+            await client.invalidate(tenant="default")
             assert (await client.ask("Question 1")).tier == "llm"
         for process in started:
             assert process.terminate() == 0, process.report()
