@@ -313,6 +313,15 @@ def test_the_doctor_says_that_postgresql_is_away_and_never_its_password(
     assert "postgresql://me:***@127.0.0.1:1/mine" in shown
 
 
+def test_what_waits_for_postgresql_is_told_with_its_age(deployment: str, server: Server) -> None:
+    with server.connect() as connection:
+        seconds, _ = connection.execute_command("TIME")
+        connection.xadd(PartitionKeys(0).landed, {"key": "k"}, id=f"{(int(seconds) - 600) * 1000}-0")
+    assert 599 < run_json("stats", url=deployment)["streams"][0]["landed_seconds"] < 660
+    assert "waiting for it: 1, the oldest for 60" in run("stats", url=deployment).stdout
+    assert levels(run_json("doctor", url=deployment))["persistence lag"] == "warn"
+
+
 def test_the_doctor_never_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLPOND_OPENAI_API_KEY", "s3cr3t-w0rd")
     monkeypatch.setenv("MILLPOND_NONSENSE", "1")

@@ -137,7 +137,7 @@ def _workers(seen: Overview) -> Table:
 def show_durable(console: Console, seen: Overview, stored: Durable | None) -> None:
     """Print what PostgreSQL holds and what waits for it."""
     waiting = sum(lengths["landed"] for lengths in seen.lengths)
-    behind = f"; {waiting:,} answers wait for it, the oldest for {max(seen.backlog):.0f} s" if waiting else ""
+    behind = f"; waiting for it: {waiting:,}, the oldest for {max(seen.backlog):.0f} s" if waiting else ""
     if stored is None:
         said = "none configured, none running"
     elif stored.error is not None:
