@@ -13,7 +13,7 @@ from shared.postgres import EmbeddedPostgres
 from tests import faults_support
 from tests.databases import Database
 from tests.faults_support import Pond, until
-from tests.stock import Stock, forget
+from tests.stock import Stock, eventually, forget
 from tests.test_worker_edges import left_by_the_dead
 
 pond = faults_support.pond
@@ -115,6 +115,19 @@ async def test_after_a_flush_l3_is_swept_for_what_is_known_again(pond: Pond, par
         await until(lambda: len(pond.consumers("invalidations")) == 1, "the groups are made anew")
         assert await forget(client, tags=["a"]) == (0, len(GONE))
     assert await stock.left_in_l3() == set(ANSWERS) - GONE
+
+
+async def test_what_came_to_l3_late_goes_although_a_flush_took_its_markers(pond: Pond, stock: Stock) -> None:
+    async with pond.working("invalidation"), pond.client() as client:
+        assert await forget(client, tags=["a"]) == (len(GONE), len(GONE))
+        for number in GONE:  # they had landed before, and are persisted only now
+            await stock.persist(number, "a")
+        pond.redis.flushall()
+        await eventually(lambda: only_left_in_l3(stock, set(ANSWERS) - GONE), "the audit is remembered")
+
+
+async def only_left_in_l3(stock: Stock, expected: set[int]) -> bool:
+    return await stock.left_in_l3() == expected
 
 
 async def test_an_entry_that_ends_its_workers_is_given_up_and_stays_in_the_log(pond: Pond, stock: Stock) -> None:

@@ -30,7 +30,7 @@ from workers.consumer import Consumer, Message, messages_of
 from workers.crew import Crew
 from workers.prune import persisted, prune
 from workers.runtime import run_crew
-from workers.sweep import Answer, LogEntry, Tally, epoch_of, find_l2, markers, sweep_l2, sweep_l3
+from workers.sweep import Answer, Epoch, LogEntry, Tally, epoch_of, find_l2, markers, sweep_l2, sweep_l3
 
 log = logging.getLogger("millpond.worker")
 
@@ -54,6 +54,8 @@ ON CONFLICT (partition, id) DO UPDATE SET
     l3 = EXCLUDED.l3 + CASE WHEN i.dry_run THEN 0 ELSE i.l3 END
 RETURNING id, l2, l3
 """
+
+_AUDITED = "SELECT id, labels FROM invalidations WHERE partition = $1 AND NOT dry_run ORDER BY at DESC LIMIT $2"
 
 
 class Database:
@@ -323,12 +325,18 @@ class InvalidationConsumer(Consumer):
         try:
             if (pool := await self._pool()) is not None:
                 marks = [(label, epoch_of(at)) for label, at in (await markers(self.link, self.keys)).items()]
+                marks += await self._audited(pool)
                 tally = Tally(())
                 await sweep_l3(pool, self.keys.partition, marks, tally)
                 self._ahead_l3 = tally.others
             self._all_of_l3 = False
         except DATABASE_ERRORS as error:
             await self._postpone(error)
+
+    async def _audited(self, pool: Pool) -> list[tuple[str, Epoch]]:
+        """Return what was invalidated by what PostgreSQL knows: Redis may have lost its markers, in a flush say."""
+        rows = await pool.fetch(_AUDITED, self.keys.partition, _BATCH)
+        return [(label, epoch_of(row["id"])) for row in rows for label in row["labels"]]
 
     async def _pool(self) -> Pool | None:
         """Return the pool; None where answers are not persisted.
