@@ -20,6 +20,8 @@ pond = faults_support.pond
 own_pond = faults_support.own_pond
 
 POINTS = ("invalidation_after_read", "invalidation_after_l2", "invalidation_after_l3", "invalidation_after_audit")
+SOME = [(point, 4 if at % 2 else 1) for at, point in enumerate(POINTS)]
+OTHERS = [(point, 1 if at % 2 else 4) for at, point in enumerate(POINTS)]
 #: number -> its tag; each partition has some of both
 ANSWERS = {number: "b" if number % 8 < 4 else "a" for number in range(16)}
 GONE = {number for number, tag in ANSWERS.items() if tag == "a"}
@@ -34,7 +36,7 @@ async def stock(pond: Pond, database: Database) -> AsyncIterator[Stock]:
     yield made
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(("point", "partitions"), SOME)
 async def test_a_worker_killed_at_any_point_leaves_the_rest_to_another(
     pond: Pond, partitions: int, stock: Stock, point: str
 ) -> None:
@@ -50,7 +52,7 @@ async def test_a_worker_killed_at_any_point_leaves_the_rest_to_another(
         assert (sum(row["l2"] for row in audit), sum(row["l3"] for row in audit)) == (len(GONE), len(GONE))
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(("point", "partitions"), OTHERS)
 async def test_a_worker_frozen_past_its_lease_does_no_harm_when_it_wakes(
     pond: Pond, partitions: int, stock: Stock, point: str
 ) -> None:

@@ -47,7 +47,7 @@ async def fill(stock: Stock) -> None:
         await stock.store(number, *tags)
 
 
-@pytest.mark.every_postgresql
+@pytest.mark.parametrize("partitions", [4])
 @pytest.mark.parametrize(
     ("what", "gone"),
     [
