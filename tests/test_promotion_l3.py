@@ -9,14 +9,16 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
+from shared.counters import Counters
 from shared.database import connect_pool
 from shared.link import Link
 from shared.postgres import EmbeddedPostgres
+from shared.tiers.l3 import L3
 from tests import faults_support
 from tests.databases import Database
 from tests.faults_support import Pond, until
 from tests.shelf import DAY_MS, HOUR_MS, PROBATION_MS, Shelf, key
-from workers.promotion import sweep
+from workers.promotion import Hits, Promoter, Tended, sweep
 
 pond = faults_support.pond
 
@@ -91,7 +93,7 @@ async def test_a_hit_of_yesterday_brings_nothing_back(pond: Pond, shelf: Shelf, 
 
 @pytest.mark.parametrize(("moved", "comes_back"), [("nothing", True), ("doc:1", False), ("#fence", False)])
 async def test_what_happens_between_the_question_and_the_writing_counts(
-    pond: Pond, partitions: int, shelf: Shelf, database: Database, moved: str, comes_back: bool
+    pond: Pond, shelf: Shelf, database: Database, moved: str, comes_back: bool
 ) -> None:
     """The worker is frozen with PostgreSQL's answer in hand, while it is invalidated or its markers are pruned."""
     await shelf.keep(database.url, 1, shelf.text("doc:1"))
@@ -108,7 +110,7 @@ async def test_what_happens_between_the_question_and_the_writing_counts(
 
 
 async def test_a_promotion_worker_killed_with_an_answer_in_hand_leaves_it_to_another(
-    pond: Pond, partitions: int, shelf: Shelf, database: Database
+    pond: Pond, shelf: Shelf, database: Database
 ) -> None:
     await shelf.keep(database.url, 1, shelf.text())
     async with pond.process("promotion", fault="kill@promotion_after_find", ready=False) as victim:
@@ -168,6 +170,23 @@ async def _reporting(shelf: Shelf, number: int) -> AsyncIterator[None]:
     finally:
         reporting.cancel()
         await asyncio.gather(reporting, return_exceptions=True)
+
+
+async def test_while_redis_is_short_of_memory_lives_are_short_and_nothing_comes_back(
+    pond: Pond, shelf: Shelf, database: Database
+) -> None:
+    await shelf.keep(database.url, 2, shelf.text())
+    shelf.put(1, left_ms=30_000, age_ms=HOUR_MS)
+    link, tier = Link(pond.url), L3(database.url, Counters(), timeout=5.0)
+    promoter = Promoter(link, shelf.names(1), pond.settings.all_profiles)
+    hits = {key(1): Hits(1, shelf.now_ms()), key(2): Hits(1, shelf.now_ms())}
+    try:
+        assert await promoter.tend(hits, tier, pressure=True) == Tended(prolonged=1, absent=1)
+        assert abs(shelf.left_ms(1) - (PROBATION_MS + HOUR_MS) / 10) < SLACK_MS
+        assert await promoter.tend(hits, tier) == Tended(prolonged=1, absent=1, written=1)
+    finally:
+        await tier.close()
+        await link.close()
 
 
 # the periodic sweep

@@ -231,7 +231,7 @@ class PromotionConsumer(Consumer):
         hits, unreadable = hits_of(messages)
         self.counters.add("touches_lost", unreadable)
         if hits:
-            tended = await self._promoter.tend(hits, self._l3, pressure=bool(getattr(self.crew, "pressure", False)))
+            tended = await self._promoter.tend(hits, self._l3, pressure=self.crew.pressure)
             self.counters.add("promoted", tended.prolonged)
             self.counters.add("rehydrated", tended.written)
         fault_point("promotion_before_ack")
