@@ -14,6 +14,7 @@ import asyncpg
 import orjson
 import pytest
 
+from producers.client import Client
 from shared.entry import unpack
 from shared.errors import InvalidRequest
 from shared.keys import PartitionKeys, worker
@@ -193,6 +194,27 @@ async def test_nothing_is_begun_while_redis_is_short_of_memory(
         await link.call(("DEL", "mp:pressure"))
         while await link.call(("XLEN", K.refreshes)) < 3:
             await watched.a_round()
+
+
+async def test_live_fills_that_always_come_do_not_starve_it(deployment: str, rules: Rules) -> None:
+    link, settings = Link(deployment), load(redis_url=deployment)
+    async with Client(deployment, settings=settings) as client:
+
+        async def live() -> None:
+            number = 0
+            while True:
+                number += 1
+                await client.ask(f"live {number}")
+
+        steady = asyncio.create_task(live())
+        try:
+            async with asyncio.timeout(20):
+                account = await Warmer(link, settings, 1, at_once=2).run(wishes(40, rules))
+        finally:
+            steady.cancel()
+            await asyncio.gather(steady, return_exceptions=True)
+            await link.close()
+    assert account.warmed == 40
 
 
 # with PostgreSQL

@@ -113,9 +113,10 @@ class LLMConsumer(Consumer):
             return
         # While refreshes are there to be computed, an empty look at the fills must not cost a wait.
         block = None if self._refreshes_wait else min(self.tick, 0.25)
-        if not await self._read(self.keys.fills, self.room(), block):
-            room = self._room_for_refreshes()
-            self._refreshes_wait = room > 0 and await self._read(self.keys.refreshes, room, None)
+        await self._read(self.keys.fills, self.room(), block)
+        # Room that is left was offered to the fills: none waits. That some always come must not starve the refreshes.
+        room = self._room_for_refreshes()
+        self._refreshes_wait = room > 0 and await self._read(self.keys.refreshes, room, None)
 
     def _room_for_refreshes(self) -> int:
         """Half the slots at most, and none while Redis' memory is above its mark: no fill waits for a refresh."""
