@@ -110,7 +110,7 @@ def _across(names: Sequence[str]) -> list[Mark]:
 
 def _spoken(name: str) -> str:
     at = datetime.fromisoformat(name).replace(tzinfo=UTC)
-    return f"{at:%-d %b}" if len(name) == len("2026-11-01") else f"{at:%-d %b %H:%M}"
+    return f"{at:%-d %b}" if len(name) == len("2026-11-01") else f"{at:%a %H:%M}"
 
 
 def latencies(tiers: Sequence[Tier]) -> tuple[dict[str, Span], list[Mark]]:
