@@ -69,6 +69,11 @@ class Process:
         return self._process.pid
 
     @property
+    def ended(self) -> bool:
+        """Whether it has."""
+        return self._process.poll() is not None
+
+    @property
     def name(self) -> str:
         """The consumer name of a worker that is ready."""
         return str(self.wait_for("ready")["name"])
