@@ -27,9 +27,15 @@ from shared.providers.simulated import calls
 from shared.settings import Settings, load
 from tests.conftest import Server
 from tests.processes import Process, start_worker
-from workers import invalidation, llm, lookup, promotion
+from workers import invalidation, llm, lookup, persistence, promotion
 
-_RUN = {"lookup": lookup.run, "llm": llm.run, "promotion": promotion.run, "invalidation": invalidation.run}
+_RUN = {
+    "lookup": lookup.run,
+    "llm": llm.run,
+    "persistence": persistence.run,
+    "promotion": promotion.run,
+    "invalidation": invalidation.run,
+}
 _POLL = 0.005
 _QUIET = ("flight", "waiters", "outcome")
 _WORKER_KEYS = (b"mp:worker:", b"mp:stats", b"mp:deployment", b"mp:limit")

@@ -256,3 +256,33 @@ async def test_a_flushed_redis_leaves_what_was_written_and_it_goes_on(
             land(pond, 1000 + number, entry=entry_of(1000 + number, epoch="5-0"))
         await until(lambda: is_written(pond), "the second load is written")
     assert await count(database.url, "answers") == ANSWERS + 5
+
+
+async def test_a_session_frozen_in_the_middle_of_a_message_keeps_its_locks_for_a_lease(
+    pond: Pond, database: Any
+) -> None:
+    """PostgreSQL does not call it idle: it waits for the rest of what the client was sending."""
+    named = {"application_name": "millpond-persistence"}
+    frozen = await asyncpg.connect(database.url, server_settings=named)
+    looking = await asyncpg.connect(database.url)
+    never = asyncio.Event()
+
+    async def unfinished() -> AsyncIterator[bytes]:
+        await never.wait()
+        yield b""
+
+    await frozen.execute("BEGIN; LOCK TABLE answers IN ACCESS EXCLUSIVE MODE")
+    copying = asyncio.create_task(frozen.copy_to_table("experiments", source=unfinished()))
+    try:
+        reading = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND wait_event = 'ClientRead'"
+        while not await looking.fetchval(reading):
+            assert not copying.done()
+            await asyncio.sleep(0.01)
+        load(pond)
+        async with pond.working("persistence", database_url=database.url):
+            await whole(pond, database.url)
+    finally:
+        never.set()
+        await asyncio.gather(copying, return_exceptions=True)
+        frozen.terminate()
+        await looking.close()

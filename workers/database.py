@@ -29,6 +29,10 @@ _AWAY_ERRORS = (*DATABASE_ERRORS, asyncpg.InternalClientError)
 #: Seconds that a transaction, or coming by a connection, may take.
 _LONGEST = 30.0
 _DAYS_AHEAD = 2
+_NAME = "millpond-persistence"
+_END_FROZEN = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE application_name = $1 AND datname = current_database() AND xact_start IS NOT NULL
+      AND wait_event = 'ClientRead' AND state_change < now() - make_interval(secs => $2)"""
 
 
 class Away(Exception):
@@ -60,7 +64,11 @@ class Database:
             asyncpg.PostgresError: one of `ROW_ERRORS`: a row is at fault.
         """
         try:
-            found = await self._run(work)
+            try:
+                found = await self._run(work)
+            except asyncpg.LockNotAvailableError:
+                await self._run(self._end_frozen)
+                raise
         except ROW_ERRORS:
             raise
         except _AWAY_ERRORS as error:
@@ -108,14 +116,19 @@ class Database:
             if self._pool is None:
                 # A worker that is frozen in the middle of a transaction would keep its locks: whoever takes over its
                 # messages, and a pruning, would wait for it for ever.
-                patience_ms = str(int(self._settings.background_lease * 1000))
+                lease_ms = str(int(self._settings.background_lease * 1000))
                 self._pool = await connect_pool(
                     self._settings,
-                    name="millpond-persistence",
+                    name=_NAME,
                     size=self._size,
-                    idle_in_transaction_session_timeout=patience_ms,
+                    idle_in_transaction_session_timeout=lease_ms,
+                    lock_timeout=lease_ms,
                 )
             return self._pool
+
+    async def _end_frozen(self, connection: Any) -> None:
+        """End transactions that are idle in the middle of a message: that is no idleness to PostgreSQL."""
+        await connection.execute(_END_FROZEN, _NAME, self._settings.background_lease)
 
     def _is_away(self, error: BaseException) -> None:
         if self._away_since is None:

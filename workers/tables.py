@@ -29,6 +29,8 @@ COUNTERS = {
     "unreadable": "L2 entries that could not be read, and removed",
     "promoted": "L2 entries that live longer because they were hit",
     "rehydrated": "answers written back from PostgreSQL into L2 because they were hit",
+    "persisted": "answers handed to PostgreSQL, repetitions included",
+    "touches_counted": "reports of hits counted in PostgreSQL",
     "touches_lost": "reports of hits that could not be read",
     "provider_calls": "calls to the provider, repeated attempts included",
     "provider_errors": "calls that failed, those tried again included",
