@@ -47,6 +47,7 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
         ConfigError: the deployment was born otherwise than this process is configured.
         Unavailable: no server answers.
     """
+    logging.getLogger("arq").setLevel(logging.CRITICAL)  # what it would say of jobs that fail, `perform` says
     await run_alone("schedule", settings, stop, on_ready, work)
 
 
@@ -137,12 +138,23 @@ async def _keep_times(desk: Desk, stop: asyncio.Event, ready: Callable[[], None]
         if not main.done() and timekeeper.tasks:
             await asyncio.wait(timekeeper.tasks.values(), timeout=desk.settings.drain_timeout)
     finally:
-        for task in (main, stopping, *timekeeper.tasks.values()):
-            task.cancel()
-        await asyncio.gather(main, stopping, *timekeeper.tasks.values(), return_exceptions=True)
+        await _end(timekeeper, main, stopping)
         await redis.aclose(close_connection_pool=True)
     if not main.cancelled() and (error := main.exception()) is not None:
         raise error
+
+
+async def _end(timekeeper: Worker, *loops: asyncio.Task[Any]) -> None:
+    # The jobs are cancelled and not the tasks around them, which then still tell Redis: shielded, so that cancelling them
+    # would leave that step to itself.
+    for job in timekeeper.job_tasks.values():
+        job.cancel()
+    if timekeeper.tasks:
+        await asyncio.wait(timekeeper.tasks.values(), timeout=_SOCKET_TIMEOUT + 2)
+    ending = [*loops, *timekeeper.tasks.values()]
+    for task in ending:
+        task.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)
 
 
 def _dumps(value: Any) -> bytes:
