@@ -142,7 +142,7 @@ MODULES = {
     "llm": ("workers/consumer", "workers/llm", "workers/outbox"),
     "background": (
         "workers/consumer", "workers/persistence", "workers/promotion", "workers/invalidation", "workers/orphans",
-        "workers/housekeeping", "workers/pruning",
+        "workers/housekeeping", "workers/prune", "workers/sweep", "shared/warming",
     ),
 }  # fmt: skip
 HERE = Path(__file__).parent.parent

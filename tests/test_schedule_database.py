@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -9,8 +10,14 @@ from typing import Any
 import asyncpg
 import pytest
 
+from shared import keys
+from shared.keys import PartitionKeys
+from shared.link import Link
+from shared.messages import Rules
 from shared.postgres import EmbeddedPostgres
+from shared.scripts import SCRIPTS
 from shared.settings import Settings
+from tests import test_warm
 from tests.conftest import Server
 from tests.databases import Database
 from tests.test_schedule import at_desk
@@ -18,7 +25,10 @@ from workers import housekeeping
 from workers.desk import Desk
 from workers.jobs import JOBS, perform
 
+link, pool, rules = test_warm.link, test_warm.pool, test_warm.rules
+
 NOW = datetime.now(UTC)
+NAMES = PartitionKeys(0)
 
 
 @pytest.fixture
@@ -91,6 +101,36 @@ async def test_the_roll_up_keeps_the_top_of_each_past_hour(
     left = await rows.fetch("SELECT hour, count(*), min(hits) FROM top_keys GROUP BY hour ORDER BY hour DESC")
     assert [tuple(row)[1:] for row in left] == [(8, 0), (3, 5), (3, 5)]
     assert (await done(desk, "roll_up"))["dropped"] == 0
+
+
+async def test_what_is_asked_most_is_kept_warm(
+    settings: Callable[..., Settings], link: Link, pool: asyncpg.Pool, rules: Rules
+) -> None:
+    often, seldom = test_warm.wishes(2, rules)
+    for hits, wish in ((9, often), (1, seldom)):
+        await test_warm.keep(pool, wish, await test_warm.land(link, wish), hits=hits, prompt=wish.body)
+        await link.call(("DEL", NAMES.entry(wish.question.key)))
+    async with at_desk(settings()) as off:
+        assert "skipped" in await done(off, "warm_top")
+    async with at_desk(settings(warm_top=1)) as desk:
+        await link.call(("SET", keys.PRESSURE, "1", "PX", 60_000))
+        assert "skipped" in await done(desk, "warm_top")
+        await link.call(("DEL", keys.PRESSURE))
+        result = await done(desk, "warm_top")
+    assert (result["asked"], result["restored"]) == (1, 1)
+    present = [await link.call(("EXISTS", NAMES.entry(wish.question.key))) for wish in (often, seldom)]
+    assert present == [1, 0]
+
+
+async def test_old_markers_are_pruned(settings: Callable[..., Settings], server: Server, link: Link) -> None:
+    marked = await link.call(SCRIPTS["invalidate"].call([NAMES.invalidations, NAMES.tags], ["test", 100, "doc:1"]))
+    assert marked
+    async with at_desk(settings(l3=False)) as desk:
+        assert await done(desk, "prune") == {"nothing": 1, "markers": 0}
+    async with at_desk(settings(l3=False, marker_age=0.1)) as desk:
+        await asyncio.sleep(0.15)  # the marker's age is the test's subject
+        assert (await done(desk, "prune"))["markers"] >= 1
+    assert await link.call(("HGET", NAMES.tags, "doc:1")) is None
 
 
 @pytest.mark.parametrize("name", ["partitions", "retention", "roll_up", "promotion_sweep"])

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import orjson
@@ -21,6 +21,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from shared import keys
 from shared.database import DATABASE_ERRORS, cannot_reach
 from shared.errors import MillpondError
+from shared.keys import PartitionKeys
+from shared.messages import Rules
 from workers import housekeeping, memory, orphans
 from workers.desk import Desk, Result
 
@@ -60,6 +62,35 @@ async def _promotion_sweep(desk: Desk) -> Result:
     return dict(await sweep(desk.link, pool, desk.settings, desk.partitions))
 
 
+async def _prune(desk: Desk) -> Result:
+    from workers.prune import prune
+
+    pool = await desk.database()
+    counts = {"done": 0, "nothing": 0, "waiting": 0, "no-database": 0, "markers": 0}
+    for names in map(PartitionKeys, range(desk.partitions)):
+        pruned = await prune(desk.link, pool, names, older_than=desk.settings.marker_age)
+        counts[pruned.state] += 1
+        counts["markers"] += pruned.markers
+    return {name: count for name, count in counts.items() if count or name == "markers"}
+
+
+async def _warm_top(desk: Desk) -> Result:
+    from shared.warming import Warmer, most_asked
+
+    if not desk.settings.warm_top:
+        return {"skipped": "off: MILLPOND_WARM_TOP says how many"}
+    pool = await desk.database()
+    if pool is None:
+        return housekeeping.NO_DATABASE
+    if await desk.link.call(("EXISTS", keys.PRESSURE)):
+        return {"skipped": "Redis' memory is above its mark"}
+    since = datetime.now(UTC) - timedelta(days=1)
+    wishes, left_out = await most_asked(pool, since, desk.settings.warm_top, Rules.of(desk.settings))
+    account = await Warmer(desk.link, desk.settings, desk.partitions, pool).run(wishes) if wishes else None
+    told = ("warmed", "present", "restored", "failed")
+    return {"left_out": left_out, "asked": len(wishes)} | {name: getattr(account, name, 0) for name in told}
+
+
 JOBS: dict[str, Job] = {
     job.name: job
     for job in (
@@ -93,6 +124,22 @@ JOBS: dict[str, Job] = {
             "10 minutes",
             {"minute": set(range(6, 60, 10)), "second": 10},
             _promotion_sweep,
+        ),
+        Job(
+            "prune",
+            "remove the markers of old invalidations, once nothing they void can come back",
+            "hour",
+            {"minute": 22, "second": 0},
+            _prune,
+            timeout=600.0,
+        ),
+        Job(
+            "warm_top",
+            "keep the most asked answers of the last day computed (setting `warm_top`)",
+            "hour",
+            {"minute": 52, "second": 0},
+            _warm_top,
+            timeout=1800.0,
         ),
         Job(
             "partitions",

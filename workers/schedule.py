@@ -145,8 +145,8 @@ async def _keep_times(desk: Desk, stop: asyncio.Event, ready: Callable[[], None]
 
 
 async def _end(timekeeper: Worker, *loops: asyncio.Task[Any]) -> None:
-    # The jobs are cancelled and not the tasks around them, which then still tell Redis: shielded, so that cancelling them
-    # would leave that step to itself.
+    # The jobs are cancelled and not the tasks around them, which then still tell Redis: that step is shielded, and
+    # would be left to itself.
     for job in timekeeper.job_tasks.values():
         job.cancel()
     if timekeeper.tasks:
