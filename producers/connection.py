@@ -20,7 +20,7 @@ from producers.publisher import Outgoing, Publisher
 from producers.reply import Reply, error_of
 from shared.deployment import recorded
 from shared.embedded import resolve_url
-from shared.errors import DeadlineExceeded, InvalidRequest, MillpondError, Unavailable
+from shared.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from shared.link import LINK_ERRORS, Link
 from shared.messages import MAX_DEADLINE, Mode, Rules, label, seconds
 from shared.profiles import DEFAULT_PROFILE
@@ -76,7 +76,7 @@ class Connection:
         self._chores: set[asyncio.Task[None]] = set()
         self._leading: set[Leader] = set()
         #: the newest elections somebody here was told of: a request published twice is elected twice
-        self._elected: OrderedDict[str, None] = OrderedDict()
+        self._elected: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._endings: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Lock | None = None
         self._link: Link | None = None
@@ -261,9 +261,10 @@ class Connection:
             outgoing.future.set_result(reply)
 
     def _elect(self, grant: Grant, outgoing: Outgoing | None) -> None:
-        if grant.token in self._elected:
+        flight = grant.key, grant.token  # tokens are told apart within a partition only
+        if flight in self._elected:
             return
-        self._elected[grant.token] = None
+        self._elected[flight] = None
         if len(self._elected) > _ELECTED:
             self._elected.popitem(last=False)
         if outgoing is None or outgoing.future.done():
@@ -344,13 +345,14 @@ class Connection:
         """Answer a request without Redis; whatever comes for it later is dropped."""
         self._waiting.pop(outgoing.request_id, None)
         outgoing.withdrawn = True
-        self._chore(self._answer_alone(outgoing, fallback))
+        task = self._chore(self._answer_alone(outgoing, fallback))
+        outgoing.future.add_done_callback(lambda _: task.cancel())  # who has left needs no answer
 
     async def _answer_alone(self, outgoing: Outgoing, fallback: Fallback) -> None:
         future = outgoing.future
         try:
             reply = await fallback.answer(outgoing)
-        except MillpondError as error:
+        except Exception as error:
             if not future.done():
                 future.set_exception(error)
         except asyncio.CancelledError:

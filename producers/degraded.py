@@ -21,10 +21,11 @@ from producers.reply import Reply
 from producers.values import APPLICATION, Encoded, encode
 from shared.errors import ConfigError, ProviderError, Unavailable
 from shared.messages import Question, Rules, understand
+from shared.profiles import DEFAULT_PROFILE
 from shared.settings import Settings
 
 if TYPE_CHECKING:
-    from shared.providers.base import Provider
+    from shared.providers.chain import Chains
 
 Degraded = Literal["fail", "cache-only", "direct"]
 
@@ -101,7 +102,7 @@ class Fallback:
         self._settings = settings
         self._rules = rules
         self._flights: dict[str, _Flight] = {}
-        self._provider: Provider | None = _provider(settings) if how == "direct" else None
+        self._chains: Chains | None = _chains(settings) if how == "direct" else None
 
     @classmethod
     def make(cls, how: Degraded, after: float, settings: Settings, rules: Rules) -> Self | None:
@@ -134,8 +135,8 @@ class Fallback:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._provider is not None:
-            await self._provider.close()
+        if self._chains is not None:
+            await self._chains.close()
 
     async def answer(self, outgoing: Outgoing) -> Reply | None:
         """Answer one request; None when the application that asks is to compute it.
@@ -199,22 +200,18 @@ class Fallback:
                 flight.task.cancel()
 
     async def _ask_provider(self, question: Question, outgoing: Outgoing) -> Reply:
-        from shared.providers.base import Call
+        from shared.providers.chain import ask
         from shared.providers.gate import verdict
-        from shared.providers.retry import with_retries
 
-        provider = self._provider
-        assert provider is not None  # noqa: S101 (only `direct` comes here)
+        assert self._chains is not None  # noqa: S101 (only `direct` comes here)
         body: dict[str, Any] = {"model": question.model, **orjson.loads(outgoing.body)}
-        completion = await with_retries(
-            lambda timeout: provider.complete(Call(question.endpoint, body, timeout)),
-            self._settings,
-            provider=provider.name,
-        )
-        gate = verdict(completion.body, question.endpoint)
+        answered = await ask(self._chains.of(question.profile), question.endpoint, body, self._settings)
+        completion = answered.completion
+        gate = "" if completion.judged else verdict(completion.body, question.endpoint)
         if gate == "not_json":
-            raise ProviderError("the provider's answer is not JSON", provider=provider.name)
-        return self._kept(question, Encoded(completion.body.strip()), provider.name, "llm", keep=not gate)
+            raise ProviderError("the provider's answer is not JSON", provider=answered.provider)
+        value = Encoded(completion.body if completion.judged else completion.body.strip(), completion.value)
+        return self._kept(question, value, answered.provider, "llm", keep=not gate)
 
     def _kept(self, question: Question, value: Encoded, provider: str, tier: str, *, keep: bool = True) -> Reply:
         members: dict[str, Any] = {"tier": tier, "collapsed": False, "stored": "degraded", "age": 0.0, "ttl": 0.0}
@@ -229,14 +226,15 @@ async def _awaited(work: Callable[[], Awaitable[Reply]]) -> Reply:
     return await work()
 
 
-def _provider(settings: Settings) -> Provider:
+def _chains(settings: Settings) -> Chains:
     try:
-        import shared.providers.retry  # noqa: F401 (found missing now rather than when Redis is)
-        from shared.providers import make_provider
+        from shared.providers.chain import Chains
     except ImportError as error:
         raise ConfigError(
             f"degraded='direct' calls the provider from here, which needs more than the client ({error}): "
             "pip install 'millpond[workers]', or choose 'cache-only'",
             field="degraded",
         ) from None
-    return make_provider(settings)
+    chains = Chains(settings)
+    chains.of(DEFAULT_PROFILE)  # what is missing is said now, not when Redis is
+    return chains

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ async def test_many_clients_compute_once(pond: Pond, partitions: int) -> None:
         assert (await one.get(PROFILE, ARGS)).tier in ("l1", "l2")
         await pond.settled()
     assert mill.runs == 1
+
+
+async def test_one_client_leads_any_number_of_flights_in_every_partition(pond: Pond, partitions: int) -> None:
+    async with pond.working("lookup"), pond.client() as client:
+        asked = [client.get_or_compute(PROFILE, {"n": n}, partial(int, n)) for n in range(40)]
+        async with asyncio.timeout(LEASE):
+            assert await asyncio.gather(*asked) == list(range(40))
 
 
 async def test_a_plain_function_runs_beside_the_loop(pond: Pond) -> None:

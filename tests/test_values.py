@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
-from millpond import BlockingClient, Found, InvalidRequest, MillpondError, Superseded, Unavailable
+from millpond import Found, InvalidRequest, MillpondError, Superseded, Unavailable
 from producers.values import decode, encode, split
 from shared.keys import PartitionKeys
 from tests import faults_support
-from tests.faults_support import Pond, until
+from tests.faults_support import Pond
 from tests.proxy import Proxy
 
 pond = faults_support.pond
@@ -241,41 +239,3 @@ async def test_a_put_without_a_server_says_so(pond: Pond) -> None:
         await proxy.cut()
         with pytest.raises(Unavailable):
             await client.put("retrieval", QUERY, 1)
-
-
-@dataclass
-class Row:
-    """Something an application returns."""
-
-    id: int
-
-
-def test_a_blocking_client_has_the_same(pond: Pond) -> None:
-    begun, ended = asyncio.Event(), asyncio.Event()
-
-    async def work() -> None:
-        async with pond.working("lookup"):
-            begun.set()
-            await ended.wait()
-
-    with asyncio.Runner() as runner, BlockingClient(settings=pond.settings) as client:
-        loop = runner.get_loop()
-
-        async def use() -> None:
-            working = asyncio.create_task(work())
-            await until(begun.is_set, "the worker reads")
-            await asyncio.to_thread(steps)
-            ended.set()
-            await working
-
-        def steps() -> None:
-            missed = client.get("retrieval", QUERY)
-            client.put("retrieval", QUERY, [Row(1)], epoch=missed.epoch)
-            assert client.get("retrieval", QUERY).value == [{"id": 1}]
-            assert client.exists("retrieval", QUERY)
-            assert client.info("retrieval", QUERY) is not None
-            client.delete("retrieval", QUERY)
-            assert not client.exists("retrieval", QUERY)
-            assert client.get_or_compute("retrieval", QUERY, lambda: (1, 2)) == [1, 2]
-
-        assert loop.run_until_complete(use()) is None
