@@ -185,7 +185,7 @@ async def test_a_follower_that_leaves_does_not_disturb_its_leader(pond: Pond) ->
 
 
 async def test_a_providers_error_reaches_every_waiter_typed_and_nothing_is_stored(pond: Pond, partitions: int) -> None:
-    pond.options |= {"attempts": 2, "backoff_initial": 0.0}
+    pond.options |= {"attempts": 2, "backoff_initial": 0.0, "profiles": {"response": {"negative_ttl": 0.0}}}
     async with pond.working("lookup"), pond.client() as one, pond.client() as other:
         async with pond.working("llm", simulated_failure_rate=1.0):
             found = await outcomes([asyncio.create_task(client.ask(PROMPT)) for client in (one, one, other, other)])
