@@ -16,6 +16,8 @@ from shared.keys import PartitionKeys
 from shared.settings import Settings
 
 _TIERS = ("hit.l1", "hit.l2", "collapsed", "miss")
+#: Shown where there were any.
+_RARER_TIERS = ("hit.l3", "led", "stale_if_error")
 _CONNECT_TIMEOUT = 3.0
 _SCAN_COUNT = 5000
 
@@ -52,8 +54,9 @@ class Overview:
     @property
     def rates(self) -> dict[str, float]:
         """Share of the answered requests by tier, each from 0 to 1; empty before the first."""
-        total = sum(self.counters.get(name, 0) for name in _TIERS)
-        return {name: self.counters.get(name, 0) / total for name in _TIERS} if total else {}
+        tiers = (*_TIERS, *(name for name in _RARER_TIERS if name in self.counters))
+        total = sum(self.counters.get(name, 0) for name in tiers)
+        return {name: self.counters.get(name, 0) / total for name in tiers} if total else {}
 
     @property
     def dead(self) -> int:
