@@ -255,12 +255,12 @@ async def test_a_body_reaches_the_provider_and_comes_back_unchanged(pond: Pond) 
     assert (answer.key != other.key, pond.calls()) == (True, 2)
 
 
-@pytest.mark.parametrize(("shape", "kind"), [("input", "response"), ("embedding", "list")])
-async def test_other_shapes_of_questions(pond: Pond, shape: str, kind: str) -> None:
-    profile = "embedding" if shape == "embedding" else None
+@pytest.mark.parametrize(("asked", "kind"), [("a text", "response"), (["a text", "another"], "list")])
+async def test_other_shapes_of_questions(pond: Pond, asked: Any, kind: str) -> None:
+    profile = "embedding" if kind == "list" else None
     async with pond.working("lookup", "llm", **FAST), pond.client() as client:
-        reply = await client.ask(input="a text", profile=profile)
-        again = await client.ask(input="a text", profile=profile)
+        reply = await client.ask(input=asked, profile=profile)
+        again = await client.ask(input=asked, profile=profile)
     assert reply.body["object"] == again.body["object"] == kind
     assert again.tier != "llm"
 

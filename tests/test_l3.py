@@ -23,6 +23,7 @@ from tests import faults_support
 from tests.conftest import Server
 from tests.databases import Database
 from tests.faults_support import Pond, answers, until
+from tests.outages import Outage
 from tests.shelf import Shelf, key
 
 pond = faults_support.pond
@@ -298,3 +299,15 @@ def test_labels_the_answer_does_not_carry_count_as_well(shelf: Shelf) -> None:
     shelf.redis.hdel(shelf.names(1).tags, "doc:2")  # pruned
     shelf.redis.hset(shelf.names(1).tags, "#pruned", "2-0")
     assert rehydrate(shelf, text, asked="doc:2") == 0
+
+
+async def test_an_answer_kept_for_errors_alone_stands_in_from_there(database: Database, pond: Pond) -> None:
+    kept = {"ttl": 0.05, "stale_if_error": 3600.0, "early_refresh": 0.0}
+    pond.options |= {"database_url": database.url, "profiles": {"response": kept}, "attempts": 1, "l3_timeout": 5.0}
+    await forgotten_by_redis(pond, Q)
+    outage = Outage(pond)
+    outage.begin()
+    async with pond.working("lookup", "llm", **FAST), pond.client() as client:
+        reply = await client.ask(Q)
+        await pond.settled()
+    assert (reply.stale, reply.degraded, pond.calls()) == (True, True, 2)

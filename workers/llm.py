@@ -27,12 +27,14 @@ from shared.providers.chain import Answered, Chains, ask
 from shared.providers.limits import RateLimits
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
+from shared.touches import Touches
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
 from workers.flight import Fill, LeaseLost, Outcome, Progress
 from workers.outbox import error_payload
 from workers.runtime import run_crew
 from workers.settling import Settling
+from workers.tally import Tally
 
 log = logging.getLogger("millpond.worker")
 
@@ -61,7 +63,8 @@ class LLMConsumer(Consumer):
         self.limits = limits
         self.breaker = breaker
         self.slots = slots
-        self.settling = Settling(self)
+        self._touches = Touches(self.keys.touches, self.settings.touches_limit)
+        self.settling = Settling(self, Tally(self._touches))
         self._active: dict[tuple[str, bytes], tuple[Fill, asyncio.Task[None]]] = {}
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
@@ -166,6 +169,7 @@ class LLMConsumer(Consumer):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.link.send(self._touches.report(now=True))
 
     def leave(self) -> None:
         """Let the heart stand still."""
@@ -178,11 +182,11 @@ class LLMConsumer(Consumer):
         while True:
             # Soon after it began, too: a flight outlives its first waiters' deadlines only once it is renewed.
             await asyncio.sleep(min(self.lease / 5, 1.0))
-            if not self._active:
-                continue
             held = list(self._active.values())
             try:
-                await self._renew(held)
+                if held:
+                    await self._renew(held)
+                await self.link.send(self._touches.report())
             except Exception as error:
                 log.warning("%s: leases not renewed (%r)", self.name, error)
 

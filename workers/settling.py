@@ -21,6 +21,7 @@ from shared.scripts import SCRIPTS, Arg
 from workers.consumer import Consumer
 from workers.flight import Fill, LeaseLost, Outcome, Progress
 from workers.outbox import Outbox
+from workers.tally import Tally
 
 log = logging.getLogger("millpond.worker")
 
@@ -32,8 +33,9 @@ _SQUEEZE = 10
 class Settling:
     """Settles the flights of one consumer."""
 
-    def __init__(self, consumer: Consumer) -> None:
+    def __init__(self, consumer: Consumer, tally: Tally) -> None:
         self._consumer = consumer
+        self._tally = tally
         self._keys = consumer.keys
         self._settings = consumer.settings
         self._counters = consumer.counters
@@ -90,7 +92,9 @@ class Settling:
         self._counters.add("stored" if reply[0] == b"stored" else "not_stored")
         self._counters.add("tokens.prompt", completion.prompt_tokens)
         self._counters.add("tokens.completion", completion.completion_tokens)
-        return Outcome.landed(fill, reply, body, answered.provider, completion.value)
+        landed = Outcome.landed(fill, reply, body, answered.provider, completion.value)
+        self._tally.ended(fill, landed, progress.placated, tokens=tokens, cost=spent, saved_ms=compute_ms)
+        return landed
 
     async def fail(self, fill: Fill, error: MillpondError, progress: Progress | None = None) -> Outcome:
         """End a flight that has no answer: with an entry kept for that case, else with its error.
@@ -117,9 +121,13 @@ class Settling:
             orjson.dumps(call) if call else b"", self._settings.landed_limit,
         ]  # fmt: skip
         reply = await self._write("fail", names, args)
+        outcome = Outcome.recorded(fill, reply)
         if reply[0] == b"FAILED":
             self._counters.add("failed")
-        return Outcome.recorded(fill, reply)
+            self._tally.ended(fill, outcome, progress.placated if progress is not None else 0)
+            if outcome.spare is not None:
+                self._counters.add("degraded", len(outcome.waiters))
+        return outcome
 
     async def placate(self, fill: Fill, told: int) -> Outcome | None:
         """Return what those aboard, save the first `told`, may have while the flight goes on, if there is anything."""
@@ -129,10 +137,12 @@ class Settling:
         if reply[0] == b"NONE":
             return None
         try:
-            # What is no answer for those who want a computed one is none: they wait on.
-            return Outcome.standing_in(unpack(fill.key, reply[3]), reply[1], reply[2], strict=b"")
+            # Those who take no stored answer get none, and wait on.
+            outcome = Outcome.standing_in(unpack(fill.key, reply[3]), reply[1], reply[2], strict=b"")
         except Unreadable:
             return None
+        self._tally.placated(fill, outcome)
+        return outcome
 
     async def tell(self, outcome: Outcome) -> None:
         """Reply to everyone aboard. Settling renewed the lease; past a part of it the server refuses the replies."""

@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from shared.errors import ConfigError, ContentFiltered, MillpondError, ProviderError, ProviderTimeout, Unavailable
 from shared.providers import make_provider
 from shared.providers.base import Call, Completion, Provider
+from shared.providers.batching import EmbeddingBatches
 from shared.providers.breaker import Breaker, CircuitOpen
 from shared.providers.limits import RateLimits, estimate_tokens
 from shared.providers.resolver import ResolverProvider
@@ -111,7 +112,7 @@ class Chains:
         name, _, model = item.partition(":")
         if name not in self._providers:
             try:
-                self._providers[name] = make_provider(self._settings, name)
+                self._providers[name] = EmbeddingBatches(make_provider(self._settings, name))
             except ConfigError as error:
                 raise ConfigError(
                     f"profile {profile!r}, providers, {item!r}: {error.message}", field=f"profiles.{profile}.providers"
