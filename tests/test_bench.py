@@ -16,11 +16,11 @@ import orjson
 import pytest
 from rich.console import Console
 
-from producers.bench import command, machine, measure, questions, table
+from producers.bench import command, machine, measure, promotion, questions, table
 from producers.bench.loop import run_fast
 from producers.bench.stage import surroundings
 from shared.console import INTERRUPTED
-from shared.errors import ConfigError, Unavailable
+from shared.errors import ConfigError, InvalidRequest, Unavailable
 from tests.conftest import Server
 
 FRONT_DOOR = Path(command.__file__).parents[2] / "millpond.py"
@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "stampede": {"rounds": 1, "requests": 200, "producers": 2},
     "failover": {"rounds": 1, "requests": 200, "producers": 2},
     "memory": {"answers": 1000, "compared": 20},
+    "promotion": {"requests": 300, "seconds": 3.0, "answers": 100},
 }
 PROMISED = {
     "hits": {"millpond_per_s", "get_per_s", "echo_per_s", "ratio_to_get", "ratio_to_echo"},
@@ -40,6 +41,7 @@ PROMISED = {
     "stampede": {"requests", "answered", "provider_calls"},
     "failover": {"requests", "answered", "provider_calls"},
     "memory": {"answers", "text_bytes", "redis_bytes_per_answer"},
+    "promotion": {"requests", "distinct", "l2_memory_share", "all_hits_share", "answers", "answers_mb"},
 }
 
 
@@ -83,6 +85,38 @@ def test_the_leaders_death_costs_one_call_more_and_no_answer() -> None:
     found = small("failover")
     assert (found["requests"], found["answered"], found["provider_calls"]) == (200, 200, 2)
     assert found["aboard_at_death"] >= 190
+
+
+def test_probation_takes_less_of_redis_and_both_streams_are_the_same() -> None:
+    found = small("promotion")
+    assert PROMISED["promotion"] <= found.keys()
+    assert 0 < found["l2_memory_share"] < 1
+    assert found["without_probation"]["l2_end_entries"] == found["distinct"] > found["with_probation"]["l2_end_entries"]
+    assert orjson.loads(orjson.dumps(found)) == found
+
+
+def test_a_sample_of_a_stream_has_all_requests_of_the_keys_it_has() -> None:
+    stream = promotion.synthetic(5000)
+    some = promotion.sampled(stream, 1000)
+    chosen = {name for _, name in some}
+    assert some == [one for one in stream if one[1] in chosen]
+    assert 300 < len(some) < 3000
+
+
+def test_a_trace_is_read_in_order_of_time_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("ts_s,key\n30,c\n10,a\n20,b\n")
+    assert promotion.read_trace(trace) == [(0.0, "a"), (0.5, "b"), (1.0, "c")]
+    for text in ("", "ts_s\n1\n", "ts_s,key\nsoon,a\n"):
+        trace.write_text(text)
+        with pytest.raises(InvalidRequest, match=r"column `key`|no rows"):
+            promotion.read_trace(trace)
+
+
+def test_the_command_refuses_a_trace_where_it_means_nothing(tmp_path: Path) -> None:
+    with command_line("latency", "--trace", "x.csv", cwd=tmp_path) as process:
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, b"--trace is for" in errors) == (2, True)
 
 
 def test_a_configured_server_is_left_empty(server: Server) -> None:

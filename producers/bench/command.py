@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib import import_module
@@ -34,6 +34,7 @@ class Which(StrEnum):
     stampede = "stampede"
     failover = "failover"
     memory = "memory"
+    promotion = "promotion"
     all = "all"
 
 
@@ -56,6 +57,14 @@ def bench(
             "empty and is left empty. Without this no configured server is ever touched.",
         ),
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For promotion: a real stream to play, a CSV file (.gz or not) with a column `key`, and `ts_s` "
+            "(seconds) if it has times.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout; progress stays on stderr.")
     ] = False,
@@ -66,7 +75,8 @@ def bench(
 
     hits: cached answers per second beside a plain GET and a bare stream echo. latency: one cached answer beside one
     GET. miss: what is added to a provider call. stampede: 10,000 identical requests at once. failover: the same with
-    the computing worker killed. memory: 10,000 cached answers. Speeds are medians of ratios taken in turns.
+    the computing worker killed. memory: 10,000 cached answers. promotion: Redis memory and hits on a heavy-tailed
+    stream, with probation and without. Speeds are medians of ratios taken in turns.
 
     Exit codes: 0 no figure is below its floor, 1 some figure is, 2 a wrong option or setting, 3 no server,
     130 interrupted.
@@ -74,9 +84,10 @@ def bench(
     with reporting(as_json):
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # leave as tidily as on Ctrl-C
         _check_out(out)
+        options = _options(which, trace)
         url = _configured_url() if configured else None
         names = ONES if which is Which.all else (which.value,)
-        report = measure(names, url)
+        report = measure(names, url, options)
         if out is not None:
             _write(report, out)
         results = report["benchmarks"]
@@ -93,17 +104,21 @@ def bench(
             raise typer.Exit(OTHER)
 
 
-def measure(names: tuple[str, ...], url: str | None) -> dict[str, Any]:
+def measure(
+    names: tuple[str, ...], url: str | None, options: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Run these benchmarks, each on a fresh stage (on the server at `url`, else on throwaway ones); return the report.
 
-    Call it in the main thread.
+    `options` are further arguments of a benchmark's own `run`, by its name. Call it in the main thread.
     """
     results: dict[str, dict[str, Any]] = {}
     with _progress(len(names)) as show:
         for number, name in enumerate(names):
             busy = machine.busy()
             with surroundings(url) as stage:
-                results[name] = run_fast(_one(name, stage, _within(show, number))) | {"cpu_busy_before": busy}
+                results[name] = run_fast(_one(name, stage, _within(show, number), (options or {}).get(name, {}))) | {
+                    "cpu_busy_before": busy
+                }
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": f"millpond bench {names[0] if len(names) == 1 else 'all'}",
@@ -114,10 +129,10 @@ def measure(names: tuple[str, ...], url: str | None) -> dict[str, Any]:
     }
 
 
-async def _one(name: str, stage: Stage, show: Show) -> dict[str, Any]:
-    run: Callable[[Stage, Show], Awaitable[dict[str, Any]]] = import_module(f"producers.bench.{name}").run
+async def _one(name: str, stage: Stage, show: Show, options: Mapping[str, Any]) -> dict[str, Any]:
+    run: Callable[..., Awaitable[dict[str, Any]]] = import_module(f"producers.bench.{name}").run
     began = time.monotonic()
-    found = await run(stage, show)
+    found = await run(stage, show, **options)
     return found | {"seconds": round(time.monotonic() - began, 1), "server": await stage.about()}
 
 
@@ -145,6 +160,17 @@ def _progress(total: int) -> Iterator[Show]:
             bar.update(task, description=f"{what:<36}", completed=done, refresh=True)
 
         yield show
+
+
+def _options(which: Which, trace: Path | None) -> dict[str, dict[str, Any]]:
+    """Return what a benchmark is told beyond the usual; find out before anything is measured that it makes no sense."""
+    if trace is None:
+        return {}
+    if which is not Which.promotion:
+        raise InvalidRequest("--trace is for `millpond bench promotion`", field="trace")
+    from producers.bench.promotion import read_trace
+
+    return {"promotion": {"trace": trace.name, "stream": read_trace(trace)}}
 
 
 def _configured_url() -> str:

@@ -43,12 +43,12 @@ async def run(stage: Stage, show: Show, *, answers: int = 10_000, compared: int 
         async with Client(stage.url, settings=stage.settings()) as client:
             asked = questions.distinct(_WARM + answers)
             await questions.answer_all(client, asked[:_WARM])
-            before = await _settled(link)
+            before = await settled(link)
             texts: list[str] = []
             for at in range(_WARM, len(asked), _AT_ONCE):
                 show(f"memory: {at - _WARM:,} of {answers:,} answers", 0.9 * (at - _WARM) / answers)
                 texts += await questions.answer_all(client, asked[at : at + _AT_ONCE])
-            used = await _settled(link) - before
+            used = await settled(link) - before
             keys = [PartitionKeys(0).entry((await client.ask(messages=m)).key) for m in asked[-_SAMPLES:]]
         show("memory: comparing", 0.95)
         return _figures(texts, used, *await _samples(link, keys)) | await _compared(
@@ -69,7 +69,7 @@ def _figures(texts: list[str], used: int, entries: list[int], sizes: list[int]) 
     }
 
 
-async def _settled(link: Link) -> int:
+async def settled(link: Link) -> int:
     """Return `used_memory` once it has stopped changing: flights are cleared shortly after they land."""
     last = -1
     for _ in range(40):
@@ -95,7 +95,7 @@ async def _compared(link: Link, like: str, texts: list[str], settings: Settings,
     length = round(sum(map(len, texts)) / len(texts))
     found: dict[str, Any] = {"zstd_ratio": _ratio(texts)}
     for name, others in (("english", _english(length, count)), ("noise", _noise(length, count))):
-        before = await _settled(link)
+        before = await settled(link)
         commands = []
         for number, text in enumerate(others):
             body = orjson.dumps(_like_an_answer(text))
@@ -103,7 +103,7 @@ async def _compared(link: Link, like: str, texts: list[str], settings: Settings,
             stored = head + meta + b"\n" + packed
             commands.append(("SET", f"{PartitionKeys(0).entry_prefix}{name:>8}{number:024x}", stored, "PX", 86_400_000))
         await link.send(commands)
-        found[f"{name}_bytes_per_answer"] = round((await _settled(link) - before) / len(others))
+        found[f"{name}_bytes_per_answer"] = round((await settled(link) - before) / len(others))
         found[f"{name}_zstd_ratio"] = _ratio(others)
     return found
 

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import embedded
+from migrations import migrate_async
+from shared import embedded, postgres
 from shared.errors import ConfigError, Unavailable
 from shared.link import Link
 from shared.settings import Settings, load
@@ -110,6 +111,7 @@ class Stage:
         self.throwaway = throwaway
         self._children: list[Child] = []
         self._journals = 0
+        self._postgres: postgres.EmbeddedPostgres | None = None
 
     def settings(self, **overrides: Any) -> Settings:
         """Return settings of a client on this stage."""
@@ -126,6 +128,19 @@ class Stage:
         await child.hear()
         return child
 
+    async def database(self) -> str:
+        """Return the URL of a throwaway PostgreSQL with our schema, started when first asked for.
+
+        Raises:
+            ConfigError: there is none to start.
+            Unavailable: it did not come up.
+        """
+        if self._postgres is None:
+            # From this thread, which lives as long as the stage: the server dies with it.
+            self._postgres = postgres.start(self.scratch, ephemeral=True)
+            await migrate_async(self._postgres.url)
+        return self._postgres.url
+
     async def child(self, module: str, **parameters: Any) -> Child:
         """Start a module of this package with `parameters` as its JSON argument; return once it says it is ready."""
         argv = ["-m", f"producers.bench.{module}", json.dumps({"url": self.url} | parameters)]
@@ -134,10 +149,12 @@ class Stage:
         return child
 
     def close(self) -> None:
-        """Kill every process started here."""
+        """Kill every process started here, and stop the database."""
         for child in self._children:
             child.close()
         self._children.clear()
+        if self._postgres is not None:
+            self._postgres.stop()
 
     async def wipe(self) -> None:
         """Delete everything on the server; it was empty when the stage was set."""

@@ -54,6 +54,7 @@ PROMISES = (
     Promise("stampede: requests unanswered", "stampede", "unanswered", 0, 0),
     Promise("failover (leader SIGKILLed): provider calls", "failover", "provider_calls", 2, 2),
     Promise("failover: requests unanswered", "failover", "unanswered", 0, 0),
+    Promise("Redis memory of 10,000 answers of 5 KB text", "promotion", "answers_mb", 100, 20, unit="MB"),
     Promise("Redis memory per answer of 2 KB text", "memory", "redis_bytes_per_answer", 2047, 1023, unit="B"),
 )  # fmt: skip
 
