@@ -6,18 +6,20 @@ import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+from rich.console import Console
 
 from shared.errors import InvalidRequest
 from shared.settings import Experiment
 from shared.touches import BOUNDS
 from tests.command_line import run, run_json
 from tests.databases import Database
-from workers import report_html
+from workers import report_html, report_table
 from workers.report import BYS, Report, Window, asked, collect
 
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
@@ -278,6 +280,21 @@ async def test_the_page_is_self_contained_and_repeats_nobodys_markup(busy: Histo
     assert evil in read.text
     for figure in ("$8.00", "$2.50", "103", "L3, PostgreSQL", "simulated provider"):
         assert figure in read.text
+
+
+# the tables
+
+
+async def test_the_tables_fit_a_terminal_of_eighty_columns(busy: History) -> None:
+    for variant, hits in (("control", 600), ("short", 700)):
+        await busy.hits("l1", hits, model="text-embedding", experiment=("shorter-prompt", variant))
+        await busy.calls(*[0.01] * 40, experiment=("shorter-prompt", variant))
+    written = StringIO()
+    Console(file=written, width=80).print(report_table.render(await busy.report(), BYS))
+    text = written.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("text-embedding", "L3, PostgreSQL", "2026-11-20 10:00", "-$0.0", " pp", "requests per computation"):
+        assert words in text
 
 
 # the command

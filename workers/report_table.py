@@ -36,7 +36,14 @@ def _parts(report: Report, by: Sequence[str]) -> Iterator[RenderableType]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left", title_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+    )
     for at, column in enumerate(columns):
         table.add_column(column, justify="right" if at else "left", no_wrap=bool(at), min_width=None if at else 12)
     return table
@@ -86,10 +93,10 @@ def _money(total: Line) -> Table:
 
 
 def _group(by: str, lines: Sequence[Line]) -> Table:
-    table = _table(f"By {by}", by, "requests", "hit rate", "coalesced", "calls", "spent", "saved", "p50", "p95")
+    table = _table(f"By {by}", by, "requests", "hit rate", "calls", "spent", "saved", "p50", "p95")
     for line in lines:
         name = TIER_NAMES.get(line.name, line.name) if by == "tier" else line.name or _UNNAMED
-        counts = f"{line.requests:,}", share(line.hit_rate), f"{line.coalesced:,}", f"{line.calls:,}"
+        counts = f"{line.requests:,}", share(line.hit_rate), f"{line.calls:,}"
         money = dollars(line.spent), dollars(line.saved)
         table.add_row(name, *counts, *money, duration(line.p50_ms), duration(line.p95_ms))
     if not lines:
@@ -100,18 +107,14 @@ def _group(by: str, lines: Sequence[Line]) -> Table:
 def _variants(variants: Sequence[Variant]) -> RenderableType:
     if not variants:
         return Text("By experiment: no request named one; see docs/savings.md\n")
-    table = _table(
-        "By experiment", "variant", "requests", "hit rate", "difference", "$ per 1,000", "difference", "p50, p95"
-    )
+    table = _table("By experiment", "variant", "requests", "hit rate", "$ per 1,000 requests", "p50, p95")
     for found in variants:
         name = f"{found.experiment} / {found.variant or _UNNAMED}"
-        rate = points(found.hit_rate_difference) if not found.baseline else "baseline"
-        dearer_by = dearer(found.cost_difference) if not found.baseline else "baseline"
-        table.add_row(
-            name, f"{found.requests:,}", share(found.hit_rate), rate.replace(" (", "\n("),
-            per_thousand(found.cost_per_request), dearer_by.replace(" (", "\n("),
-            f"{duration(found.p50_ms)}\n{duration(found.p95_ms)}",
-        )  # fmt: skip
+        rate, cost = share(found.hit_rate), per_thousand(found.cost_per_request)
+        if not found.baseline:
+            rate += "\n" + points(found.hit_rate_difference).replace(" (", "\n(")
+            cost += "\n" + dearer(found.cost_difference).replace(" (", "\n(")
+        table.add_row(name, f"{found.requests:,}", rate, cost, f"{duration(found.p50_ms)}\n{duration(found.p95_ms)}")
     return table
 
 
