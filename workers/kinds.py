@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from importlib import import_module
-from importlib.util import find_spec
 from typing import cast
 
 from shared.settings import Settings
@@ -36,6 +35,4 @@ class Kind(StrEnum):
 
 
 #: What goes on after a reply went out; `millpond up` runs one of each.
-BACKGROUND = tuple(
-    kind for kind in Kind if kind not in (Kind.lookup, Kind.llm) and find_spec(f"workers.{kind.value}") is not None
-)
+BACKGROUND = tuple(kind for kind in Kind if kind not in (Kind.lookup, Kind.llm))
