@@ -33,6 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "failover": {"rounds": 1, "requests": 200, "producers": 2},
     "memory": {"answers": 1000, "compared": 20},
     "promotion": {"requests": 300, "seconds": 3.0, "answers": 100},
+    "l3": {"stored": 3000, "askable": 90, "asked": 20},
 }
 PROMISED = {
     "hits": {"millpond_per_s", "get_per_s", "echo_per_s", "ratio_to_get", "ratio_to_echo"},
@@ -42,6 +43,7 @@ PROMISED = {
     "failover": {"requests", "answered", "provider_calls"},
     "memory": {"answers", "text_bytes", "redis_bytes_per_answer"},
     "promotion": {"requests", "distinct", "l2_memory_share", "all_hits_share", "answers", "answers_mb"},
+    "l3": {"stored", "hit_p50_ms", "hit_p95_ms"},
 }
 
 
@@ -66,6 +68,12 @@ def test_a_benchmark_reports_the_fields_it_promises(name: str) -> None:
 
 def test_hits_are_answered_without_a_provider_call() -> None:
     assert small("hits")["provider_calls_meanwhile"] == 0
+
+
+def test_what_only_postgresql_has_is_answered_from_there() -> None:
+    found = small("l3")
+    assert PROMISED["l3"] <= found.keys()
+    assert (found["stored"], found["not_hits"], found["hits"]) == (3000, 0, 48)
 
 
 def test_what_a_miss_adds_is_less_than_what_it_takes() -> None:

@@ -35,6 +35,7 @@ class Which(StrEnum):
     failover = "failover"
     memory = "memory"
     promotion = "promotion"
+    l3 = "l3"
     all = "all"
 
 
@@ -76,7 +77,8 @@ def bench(
     hits: cached answers per second beside a plain GET and a bare stream echo. latency: one cached answer beside one
     GET. miss: what is added to a provider call. stampede: 10,000 identical requests at once. failover: the same with
     the computing worker killed. memory: 10,000 cached answers. promotion: Redis memory and hits on a heavy-tailed
-    stream, with probation and without. Speeds are medians of ratios taken in turns.
+    stream, with probation and without. l3: answers that only PostgreSQL has, among a million (made once, 2 GB in the
+    user's cache directory). Speeds are medians of ratios taken in turns.
 
     Exit codes: 0 no figure is below its floor, 1 some figure is, 2 a wrong option or setting, 3 no server,
     130 interrupted.

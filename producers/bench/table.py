@@ -56,6 +56,7 @@ PROMISES = (
     Promise("failover: requests unanswered", "failover", "unanswered", 0, 0),
     Promise("Redis memory of 10,000 answers of 5 KB text", "promotion", "answers_mb", 100, 20, unit="MB"),
     Promise("Redis memory per answer of 2 KB text", "memory", "redis_bytes_per_answer", 2047, 1023, unit="B"),
+    Promise("answered by PostgreSQL, among 1,000,000: p95", "l3", "hit_p95_ms", 20, 3, unit="ms"),
 )  # fmt: skip
 
 
