@@ -301,13 +301,16 @@ def test_labels_the_answer_does_not_carry_count_as_well(shelf: Shelf) -> None:
     assert rehydrate(shelf, text, asked="doc:2") == 0
 
 
-async def test_an_answer_kept_for_errors_alone_stands_in_from_there(database: Database, pond: Pond) -> None:
+@pytest.mark.parametrize("lookup_knows", [True, False])
+async def test_an_answer_kept_for_errors_alone_stands_in_from_there(
+    database: Database, pond: Pond, lookup_knows: bool
+) -> None:
     kept = {"ttl": 0.05, "stale_if_error": 3600.0, "early_refresh": 0.0}
     pond.options |= {"database_url": database.url, "profiles": {"response": kept}, "attempts": 1, "l3_timeout": 5.0}
     await forgotten_by_redis(pond, Q)
     outage = Outage(pond)
     outage.begin()
-    async with pond.working("lookup", "llm", **FAST), pond.client() as client:
+    async with pond.working("lookup", l3=lookup_knows), pond.working("llm", **FAST), pond.client() as client:
         reply = await client.ask(Q)
         await pond.settled()
     assert (reply.stale, reply.degraded, pond.calls()) == (True, True, 2)

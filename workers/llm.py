@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from shared import keys
+from shared.database import resolve_database_url
 from shared.embedded import resolve_url
 from shared.entry import Unreadable
 from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError
@@ -27,6 +28,7 @@ from shared.providers.chain import Answered, Chains, ask
 from shared.providers.limits import RateLimits
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
+from shared.tiers.l3 import L3
 from shared.touches import Touches
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
@@ -57,6 +59,7 @@ class LLMConsumer(Consumer):
         limits: RateLimits,
         slots: int,
         breaker: Breaker | None = None,
+        l3: L3 | None = None,
     ) -> None:
         super().__init__(crew, partition_keys)
         self.chains = chains
@@ -64,7 +67,7 @@ class LLMConsumer(Consumer):
         self.breaker = breaker
         self.slots = slots
         self._touches = Touches(self.keys.touches, self.settings.touches_limit)
-        self.settling = Settling(self, Tally(self._touches))
+        self.settling = Settling(self, Tally(self._touches), l3)
         self._active: dict[tuple[str, bytes], tuple[Fill, asyncio.Task[None]]] = {}
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
@@ -314,8 +317,11 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
     chains.check()
     url = resolve_url(settings)
     limits, breaker = RateLimits(settings, url), Breaker(settings, url)
+    database, tiers = resolve_database_url(settings), list[L3]()
 
     def consumer(crew: Crew, partition_keys: PartitionKeys) -> LLMConsumer:
+        if database is not None and not tiers:
+            tiers.append(L3(database, crew.counters, timeout=settings.l3_timeout, connections=1))
         if settings.concurrency < crew.partitions:
             raise ConfigError(
                 f"an LLM worker reads all {crew.partitions} partitions and needs a slot for each: "
@@ -325,7 +331,15 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
         # A fixed share each: a slot borrowed by an idle partition's blocking read would starve a busy one.
         share, more = divmod(settings.concurrency, crew.partitions)
         slots = share + (partition_keys.partition < more)
-        return LLMConsumer(crew, partition_keys, chains=chains, limits=limits, breaker=breaker, slots=slots)
+        return LLMConsumer(
+            crew,
+            partition_keys,
+            chains=chains,
+            limits=limits,
+            breaker=breaker,
+            l3=tiers[0] if tiers else None,
+            slots=slots,
+        )
 
     try:
         await run_crew("llm", settings, stop, on_ready, consumer)
@@ -333,3 +347,5 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
         await chains.close()
         await breaker.close()
         await limits.close()
+        for tier in tiers:
+            await tier.close()

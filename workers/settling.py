@@ -18,6 +18,7 @@ from shared.link import LINK_ERRORS, Command
 from shared.providers.chain import Answered
 from shared.providers.gate import verdict
 from shared.scripts import SCRIPTS, Arg
+from shared.tiers.l3 import L3
 from workers.consumer import Consumer
 from workers.flight import Fill, LeaseLost, Outcome, Progress
 from workers.outbox import Outbox
@@ -33,9 +34,10 @@ _SQUEEZE = 10
 class Settling:
     """Settles the flights of one consumer."""
 
-    def __init__(self, consumer: Consumer, tally: Tally) -> None:
+    def __init__(self, consumer: Consumer, tally: Tally, l3: L3 | None = None) -> None:
         self._consumer = consumer
         self._tally = tally
+        self._l3 = l3
         self._keys = consumer.keys
         self._settings = consumer.settings
         self._counters = consumer.counters
@@ -120,6 +122,7 @@ class Settling:
             fill.negative_ms if is_passing(error) else 0, error.code,
             orjson.dumps(call) if call else b"", self._settings.landed_limit,
         ]  # fmt: skip
+        await self._bring_back(fill)
         reply = await self._write("fail", names, args)
         outcome = Outcome.recorded(fill, reply)
         if reply[0] == b"FAILED":
@@ -131,6 +134,8 @@ class Settling:
 
     async def placate(self, fill: Fill, told: int) -> Outcome | None:
         """Return what those aboard, save the first `told`, may have while the flight goes on, if there is anything."""
+        if not told:
+            await self._bring_back(fill)
         k, (stream, flight, waiters, _) = self._keys, self._flight_names(fill)
         names = [stream, flight, waiters, k.entry(fill.key), k.tags]
         reply = await self._write("placate", names, [fill.id, fill.token, fill.key, told])
@@ -159,6 +164,21 @@ class Settling:
         (cleared,) = await self._persist([SCRIPTS["clear"].call([stream, waiters, outcome], args)])
         if not cleared:
             raise LeaseLost
+
+    async def _bring_back(self, fill: Fill) -> None:
+        """Have an entry that is kept for errors, and has left Redis, back from PostgreSQL if it can be had.
+
+        A lookup has looked there already, unless PostgreSQL was too slow for it.
+        """
+        refreshed = fill.stream == self._keys.refreshes or fill.mode in ("refresh", "bypass")
+        if self._l3 is None or not self._l3.open or not fill.error_ms or refreshed:
+            return
+        k, entry = self._keys, self._keys.entry(fill.key)
+        there, fence = await self._persist([("EXISTS", entry), ("HGET", k.tags, "#fence")])
+        found = {} if there else await self._l3.find([fill.key])
+        if fill.key in found:
+            args: list[Arg] = [fence or "0", fill.key, found[fill.key], max(fill.probation_ms, 1), ""]
+            await self._persist([SCRIPTS["rehydrate"].call([k.tags, entry], args)])
 
     def _flight_names(self, fill: Fill) -> tuple[str, str, str, str]:
         k, key, token = self._keys, fill.key, fill.token
