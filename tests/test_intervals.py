@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.intervals import Sums, means, percentile, proportions, student, wilson
+from workers.intervals import Ratio, Sums, means, percentile, proportions, student, widened, wilson
 
 BOUNDS = (1, 2, 5)
 
@@ -59,6 +59,28 @@ def test_welchs_interval() -> None:
     assert found.high is not None
     assert found.estimate == pytest.approx(2.2)
     assert (found.low, found.high) == pytest.approx((0.381, 4.019), abs=2e-3)  # t of 25.0 degrees is 2.0595
+
+
+def hours(*pairs: tuple[float, float]) -> Ratio:
+    """Return the ratio of hours that each counted x of n."""
+    return Ratio(
+        len(pairs), sum(x for x, _ in pairs), sum(n for _, n in pairs), sum(x * x for x, _ in pairs),
+        sum(x * n for x, n in pairs), sum(n * n for _, n in pairs),
+    )  # fmt: skip
+
+
+def test_hours_that_differ_widen_an_interval() -> None:
+    steady, jumpy = hours(*[(60, 100)] * 12), hours(*[(20, 100), (100, 100)] * 6)
+    found = proportions((720, 1200), (720, 1200))
+    assert found is not None
+    assert steady.variance == pytest.approx(0.0)
+    assert jumpy.variance == pytest.approx(12 * 1600 / 1200**2 * 12 / 11)  # each hour 40 off; of the mean of twelve
+    assert widened(found, steady, steady) == found
+    wide = widened(found, steady, jumpy)
+    assert wide is not None
+    spread = student(11) * jumpy.variance**0.5
+    assert (wide.low, wide.high) == pytest.approx((-spread, spread))
+    assert widened(found, hours(*[(20, 100), (100, 100)] * 5), jumpy) == found  # ten hours are too few
 
 
 def test_too_few_values_have_a_difference_and_no_interval() -> None:

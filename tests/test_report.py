@@ -240,6 +240,26 @@ async def test_variants_are_compared_with_the_first_declared(history: History) -
     assert cost.clear
 
 
+async def test_requests_that_hit_by_the_hour_have_a_wider_interval(history: History) -> None:
+    for n in range(12):
+        for variant in ("a", "b"):
+            hits = 100 if (n % 2 == 0) == (variant == "a") else 20
+            at = HOUR - timedelta(hours=n)
+            await history.hits("l1", hits, at=at, experiment=("e", variant))
+            await history.hits("llm", 101 - hits, at=at, experiment=("e", variant))
+            await history.calls(*[0.01] * (101 - hits), at=at, experiment=("e", variant))
+    _, other = (await history.report(Window(HOUR - timedelta(hours=11), NOW))).variants
+    rate, cost = other.hit_rate_difference, other.cost_difference
+    assert rate is not None
+    assert rate.high is not None
+    assert (rate.estimate, rate.clear) == (0.0, False)
+    # An hour is 40 points off the mean: each variant's error is that over the root of eleven, times Student's t.
+    assert rate.high == pytest.approx(2.201 * 2**0.5 * (40 / 101) / 11**0.5, abs=1e-3)
+    assert cost is not None
+    assert cost.high is not None
+    assert cost.high == pytest.approx(0.01 * rate.high, rel=1e-3)
+
+
 async def test_a_variant_that_one_only_paid_for_is_no_baseline(history: History) -> None:
     await history.calls(0.1, experiment=("e", "a"))
     await history.hits("l1", 5, experiment=("e", "b"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workers.account import Line
-from workers.intervals import Difference, Sums, means, proportions
+from workers.intervals import Difference, Ratio, Sums, means, proportions, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,13 @@ class Variant:
     cost_difference: Difference | None
 
 
-def compare(lines: Sequence[Line], order: Mapping[str, Sequence[str]]) -> list[Variant]:
+def compare(
+    lines: Sequence[Line], order: Mapping[str, Sequence[str]], ratios: Mapping[str, tuple[Ratio, Ratio]]
+) -> list[Variant]:
     """Compare the variants that `lines` name as `EXPERIMENT LF VARIANT`.
 
     The baseline is the first variant in the experiment's declared `order`, else by name; one that nobody was given
-    cannot be it.
+    cannot be it. `ratios` by the same names, of hits and of dollars per request, widen the intervals.
     """
     found: list[Variant] = []
     experiments: dict[str, dict[str, Line]] = {}
@@ -44,29 +46,40 @@ def compare(lines: Sequence[Line], order: Mapping[str, Sequence[str]]) -> list[V
         place = {variant: at for at, variant in enumerate(order.get(experiment, ()))}
         ranked = sorted(variants, key=lambda variant: (place.get(variant, len(place)), variant))
         base = next((variants[variant] for variant in ranked if variant and variants[variant].requests), None)
-        found += [_variant(experiment, variant, variants[variant], base) for variant in ranked]
+        for variant in ranked:
+            line = variants[variant]
+            differences = (None, None) if base is None or line is base else _differences(base, line, ratios)
+            found.append(_variant(experiment, variant, line, line is base, *differences))
     return found
 
 
-def _variant(experiment: str, variant: str, line: Line, base: Line | None) -> Variant:
-    compared = base is not None and line is not base
+def _differences(
+    base: Line, line: Line, ratios: Mapping[str, tuple[Ratio, Ratio]]
+) -> tuple[Difference | None, Difference | None]:
+    rate = proportions((base.hits, base.requests), (line.hits, line.requests))
+    cost = means(_costs(base), _costs(line))
+    if base.name in ratios and line.name in ratios:
+        (base_rate, base_cost), (line_rate, line_cost) = ratios[base.name], ratios[line.name]
+        rate, cost = widened(rate, base_rate, line_rate), widened(cost, base_cost, line_cost)
+    return rate, cost
+
+
+def _variant(
+    experiment: str, variant: str, line: Line, baseline: bool, rate: Difference | None, cost: Difference | None
+) -> Variant:
     return Variant(
         experiment=experiment,
         variant=variant,
-        baseline=line is base,
+        baseline=baseline,
         requests=line.requests,
         calls=line.calls,
         hit_rate=line.hit_rate,
         cost_per_request=line.spent / line.requests if line.requests else 0.0,
         p50_ms=line.p50_ms,
         p95_ms=line.p95_ms,
-        hit_rate_difference=proportions(_share(base), _share(line)) if base is not None and compared else None,
-        cost_difference=means(_costs(base), _costs(line)) if base is not None and compared else None,
+        hit_rate_difference=rate,
+        cost_difference=cost,
     )
-
-
-def _share(line: Line) -> tuple[int, int]:
-    return line.hits, line.requests
 
 
 def _costs(line: Line) -> Sums:

@@ -54,6 +54,28 @@ class Sums:
         return max(0.0, (self.squares - self.total * self.mean) / (self.count - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio of two totals, such as hits per request, with the sums over the hours (the clusters) it was counted in.
+
+    `xx`, `xn`, `nn` are the sums of the hours' squares and products of numerator x and denominator n.
+    """
+
+    hours: int
+    x: float
+    n: float
+    xx: float
+    xn: float
+    nn: float
+
+    @property
+    def variance(self) -> float:
+        """The variance of the ratio if hours are independent, requests within one need not be (linearised)."""
+        share = self.x / self.n
+        spread = self.xx - 2 * share * self.xn + share * share * self.nn
+        return max(0.0, spread) / self.n**2 * self.hours / (self.hours - 1)
+
+
 def percentile(counts: Sequence[int], bounds: Sequence[float], q: float) -> float | None:
     """Return the value that a share `q` does not exceed, linear within its bucket; None of an empty histogram.
 
@@ -111,6 +133,20 @@ def means(base: Sums, other: Sums) -> Difference | None:
         return Difference(estimate, None, None)
     spread = student(degrees) * math.sqrt(error)
     return Difference(estimate, estimate - spread, estimate + spread)
+
+
+def widened(found: Difference | None, base: Ratio, other: Ratio) -> Difference | None:
+    """Return the difference with its interval, or a wider one that only takes hours as independent, not requests.
+
+    The second is the ratio estimator's for clusters (Cochran, Sampling Techniques, 3rd ed., 1977, section 6.3 on), with
+    Student's t; too few hours leave the interval as it is.
+    """
+    hours = min(base.hours, other.hours)
+    if found is None or found.low is None or found.high is None or hours <= _FEWEST_DEGREES:
+        return found
+    spread = student(hours - 1) * math.sqrt(base.variance + other.variance)
+    estimate = found.estimate
+    return Difference(estimate, min(found.low, estimate - spread), max(found.high, estimate + spread))
 
 
 def student(degrees: float) -> float:

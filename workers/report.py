@@ -21,8 +21,8 @@ from shared.times import moment
 from shared.touches import BOUNDS
 from workers.account import Line
 from workers.comparison import Variant, compare
-from workers.intervals import percentile
-from workers.report_sql import COMPUTED, NAMED, PROVIDERS_QUERY, TIERS, TIERS_QUERY, TOP_QUERY, By, account
+from workers.intervals import Ratio, percentile
+from workers.report_sql import COMPUTED, HOURS_QUERY, NAMED, PROVIDERS_QUERY, TIERS, TIERS_QUERY, TOP_QUERY, By, account
 
 _HOUR = timedelta(hours=1)
 #: Longest prompt shown beside a key.
@@ -135,6 +135,7 @@ async def collect(
         groups = {
             one: await connection.fetch(account(one), *between, CODES, None if one in NAMED else top) for one in by
         }
+        hours = await connection.fetch(HOURS_QUERY, *between) if "experiment" in by else []
         keys = await connection.fetch(TOP_QUERY, *between, top)
         providers = await connection.fetch(PROVIDERS_QUERY, *between)
         first = await connection.fetchval("SELECT min(hour) FROM hits")
@@ -146,7 +147,11 @@ async def collect(
         total=whole,
         tiers=sorted((_tier(row, whole.requests) for row in tiers), key=lambda tier: _place(tier.tier)),
         groups=lines,
-        variants=compare(lines.get("experiment", []), {name: list(e.variants) for name, e in experiments.items()}),
+        variants=compare(
+            lines.get("experiment", []),
+            {name: list(experiment.variants) for name, experiment in experiments.items()},
+            {row["name"]: _ratios(row) for row in hours},
+        ),
         top=[_top_key(row) for row in keys],
         providers={row["provider"]: row["calls"] for row in providers},
     )
@@ -186,6 +191,14 @@ def _line(row: asyncpg.Record) -> Line:
         p50_ms=percentile(row["histogram"] or (), BOUNDS, 0.50),
         p95_ms=percentile(row["histogram"] or (), BOUNDS, 0.95),
         squares=row["squares"],
+    )
+
+
+def _ratios(row: asyncpg.Record) -> tuple[Ratio, Ratio]:
+    """Return a variant's hits and dollars per request."""
+    return (
+        Ratio(row["hours"], row["h"], row["n"], row["hh"], row["hn"], row["nn"]),
+        Ratio(row["hours"], row["c"], row["n"], row["cc"], row["cn"], row["nn"]),
     )
 
 

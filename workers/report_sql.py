@@ -85,6 +85,24 @@ SELECT tier, sum(hits)::bigint AS requests, {_HISTOGRAM} AS histogram,
   sum(cost) FILTER (WHERE tier <> 'llm') AS saved
 FROM hits WHERE hour >= $1 AND hour < $2 GROUP BY tier"""  # noqa: S608
 
+#: Per variant, sums over the hours in which it was asked for, for intervals.
+HOURS_QUERY = """
+WITH served AS (
+  SELECT experiment, variant, hour, sum(hits)::float8 AS n,
+    coalesce(sum(hits) FILTER (WHERE tier NOT IN ('collapsed', 'llm')), 0)::float8 AS h
+  FROM hits WHERE hour >= $1 AND hour < $2 AND experiment <> '' GROUP BY 1, 2, 3
+), paid AS (
+  SELECT experiment, coalesce(variant, '') AS variant, date_trunc('hour', at, 'UTC') AS hour,
+    coalesce(sum(cost), 0) AS c
+  FROM calls WHERE at >= $1 AND at < $2 AND experiment IS NOT NULL GROUP BY 1, 2, 3
+), hours AS (
+  SELECT experiment || E'\\n' || variant AS name, coalesce(n, 0) AS n, coalesce(h, 0) AS h, coalesce(c, 0) AS c
+  FROM served FULL JOIN paid USING (experiment, variant, hour)
+)
+SELECT name, count(*) AS hours, sum(h) AS h, sum(c) AS c, sum(n) AS n, sum(h * h) AS hh, sum(h * n) AS hn,
+  sum(c * c) AS cc, sum(c * n) AS cn, sum(n * n) AS nn
+FROM hours GROUP BY name"""
+
 #: $3 how many.
 TOP_QUERY = """
 SELECT encode(often.key, 'hex') AS key, often.hits, profile, tenant, model, often.hits * cost AS saved,

@@ -140,6 +140,11 @@ def notes(report: Report) -> list[str]:
             f"{simulated:,} of {total.calls:,} calls were answered by the simulated provider: no model was called; "
             "dollars are what the model it stands in for would have cost."
         )
+    if report.variants:
+        found.append(
+            "Intervals hold 95 % if hours are independent of each other; below eleven hours, if requests are, which "
+            "makes them too narrow over a cold cache."
+        )
     if total.unpriced_calls:
         found.append(
             f"{total.unpriced_calls:,} calls to models without a known price count as $0: set MILLPOND_PRICES."
