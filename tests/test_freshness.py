@@ -94,6 +94,17 @@ async def test_who_asks_for_what_is_about_to_be_refreshed_does_not_wait_behind_o
     assert pond.calls() == 2
 
 
+async def test_a_refreshed_answer_replaces_the_one_in_l1_though_l2_had_lost_it(pond: Pond) -> None:
+    async with pond.working("lookup", "llm", **profiles(ttl=60)), pond.client() as client:
+        await client.ask(Q)
+        assert {(await client.ask(Q)).tier, (await client.ask(Q)).tier} <= {"l1", "l2"}
+        pond.redis.delete(pond.names(Q).entry(pond.key(Q)))
+        assert (await client.ask(Q)).tier == "l1"
+        new = await client.ask(Q, mode="refresh")
+        again = await client.ask(Q)
+        assert again.age <= new.age + 5 and again.tier == "l2", "the old one is served"
+
+
 async def test_only_if_cached_takes_a_stale_answer_and_causes_no_call(pond: Pond) -> None:
     changes = profiles(ttl=0.05, stale_while_revalidate=60)
     async with pond.working("lookup", "llm", **changes), pond.client() as client:

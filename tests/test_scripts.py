@@ -64,7 +64,14 @@ class Pond:
         return at
 
     def land(
-        self, fill: bytes, *, epoch: str = "0-0", flight: str = "t", verdict: str = "", body: bytes = b"{}"
+        self,
+        fill: bytes,
+        *,
+        epoch: str = "0-0",
+        flight: str = "t",
+        verdict: str = "",
+        body: bytes = b"{}",
+        probation: int = 60_000,
     ) -> Any:
         """Land."""
         meta, packed = pack(body, model="m", compute_ms=1, compress_above=9999)
@@ -74,7 +81,7 @@ class Pond:
         ]  # fmt: skip
         return self.script(
             "land", names, "llm", "l", fill, KEY, flight, epoch, "a", 60_000, verdict, 60_000, meta, packed, 100,
-            0, 0, 60_000, "{}", "", 100,
+            0, 0, probation, "{}", "", 100,
         )  # fmt: skip
 
     def fail(self, fill: bytes, *, flight: str = "t", negative_ms: int = 0, call: str = "{}") -> Any:
@@ -239,6 +246,19 @@ def test_landing_twice_changes_nothing_and_tells_the_first_outcome(pond: Pond) -
     assert again[0] == b"DONE"
     assert again[3].endswith(b'{"a":1}')
     assert pond.run("GET", K.entry(KEY)) == entry
+
+
+def test_an_answer_is_on_probation_only_while_postgresql_keeps_up(pond: Pond) -> None:
+    assert pond.land(pond.fly(), probation=10_000)[0] == b"stored"
+    assert pond.run("PTTL", K.entry(KEY)) > 50_000, "nobody takes it to PostgreSQL"
+    pond.run("XGROUP", "CREATE", K.landed, "persistence", "0", "MKSTREAM")
+    assert pond.land(pond.fly(flight="u", mode="refresh"), flight="u", probation=10_000)[0] == b"stored"
+    assert 0 < pond.run("PTTL", K.entry(KEY)) <= 10_000
+    pond.run("XTRIM", K.landed, "MAXLEN", 0)
+    pond.run("DEL", K.landed)
+    pond.run("XADD", K.landed, "1-1", "key", "one that has waited for long")
+    assert pond.land(pond.fly(flight="v", mode="refresh"), flight="v", probation=10_000)[0] == b"stored"
+    assert pond.run("PTTL", K.entry(KEY)) > 50_000
 
 
 def test_landed_answers_are_appended_only_where_somebody_reads_them(pond: Pond) -> None:

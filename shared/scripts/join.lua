@@ -96,6 +96,8 @@ if not status then
   end
 end
 
+-- Somebody wants another answer than the one there is, which an L1 may hold although L2 has it no more.
+if shared and (mode == 'refresh' or tonumber(ARGV[6]) > 0) then redis.call('HSET', KEYS[4], 'replaces', '1') end
 if shared and not leader then keep_until(KEYS[4], ARGV[9]) end
 local waiters, strict = {}, mode == 'refresh' or ARGV[6] ~= '0'
 for i, waiter in ipairs(asking) do

@@ -20,7 +20,7 @@ local done = redis.call('GET', KEYS[5])
 if done then return { 'DONE', now_ms(), redis.call('LRANGE', KEYS[4], 0, -1), done } end
 
 local key, token, epoch = ARGV[4], ARGV[5], ARGV[6]
-local flight = redis.call('HMGET', KEYS[3], 'token', 'tags', 'ttl', 'store')
+local flight = redis.call('HMGET', KEYS[3], 'token', 'tags', 'ttl', 'store', 'replaces')
 local current = flight[1] == token
 local labels = lines(current and flight[2] or ARGV[7])
 local created = now_ms()
@@ -41,12 +41,16 @@ else
   local entry = present and head(present)
   if entry and newer(entry.epoch, epoch) then
     reason = 'superseded'
-  elseif entry then
-    -- Whoever holds the replaced answer in L1 follows this log and drops it. No marker moves: nothing is invalidated.
+  elseif entry or flight[5] then
+    -- Whoever holds the replaced answer in L1 follows this log and drops it; it may have left L2 before. No marker moves:
+    -- nothing is invalidated.
     redis.call('XADD', KEYS[8], 'MAXLEN', '~', ARGV[13], '*', 'by', 'land', 'tags', 'key:' .. key)
   end
 end
--- Every call is told to the durable tier, a stored answer with it. Only what is on its way there may leave Redis early.
+-- Every call is told to the durable tier, a stored answer with it. Only what is on its way there may leave Redis early, and
+-- not while what landed half a probation ago is still on its way.
+local probation, first = tonumber(ARGV[16]), redis.call('XRANGE', KEYS[7], '-', '+', 'COUNT', 1)[1]
+local behind = first and created - tonumber(string.match(first[1], '^%d+')) > probation / 2
 local told = redis.call('XLEN', KEYS[7]) < tonumber(ARGV[19])
 if told then
   local message = { 'key', key, 'outcome', reason, 'call', ARGV[17] }
@@ -56,7 +60,7 @@ if told then
 end
 if reason == 'stored' then
   local life = ttl + stale + err
-  redis.call('SET', KEYS[2], text, 'PX', told and math.min(life, tonumber(ARGV[16])) or life)
+  redis.call('SET', KEYS[2], text, 'PX', told and not behind and math.min(life, probation) or life)
 end
 if current then redis.call('DEL', KEYS[3], KEYS[9]) end
 redis.call('SET', KEYS[5], reason .. '\n' .. text, 'PX', ARGV[10])

@@ -32,6 +32,7 @@ for i = 3, #KEYS, 3 do
     redis.call('DEL', KEYS[i + 1])
     redis.call('HSET', KEYS[i + 1], 'token', token, 'epoch', epoch, 'tags', ARGV[at + 4], 'ttl', ARGV[at + 5],
       'store', '1', 'refresh', id)
+    if too_old ~= '' then redis.call('HSET', KEYS[i + 1], 'replaces', '1') end
     redis.call('PEXPIREAT', KEYS[i + 1], until_ms)
     waiting = waiting + 1
     out[#out + 1] = 1
