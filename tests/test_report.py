@@ -265,6 +265,10 @@ async def test_a_variant_that_one_only_paid_for_is_no_baseline(history: History)
     await history.hits("l1", 5, experiment=("e", "b"))
     variants = (await history.report()).variants
     assert [(v.variant, v.baseline, v.requests) for v in variants] == [("a", False, 0), ("b", True, 5)]
+    await history.calls(0.1, experiment=("only paid for", "a"))
+    report = await history.report()
+    assert not any(variant.baseline for variant in report.variants if variant.experiment == "only paid for")
+    assert "only paid for" in report_html.render(report)
 
 
 # the page

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 from workers.account import Line
 from workers.comparison import Variant
@@ -56,9 +57,14 @@ class Span:
     high: float
 
 
+def bucket(window: Window) -> Literal["hour", "day"]:
+    """Return what a chart over this window has a column for."""
+    return "hour" if window.until - window.since <= timedelta(hours=_HOURLY) else "day"
+
+
 def buckets(window: Window) -> tuple[str, list[str]]:
     """Return `hour` or `day` and the names of all of the window's, those without a request too."""
-    by = "hour" if window.until - window.since <= timedelta(hours=_HOURLY) else "day"
+    by = bucket(window)
     step, form = (timedelta(hours=1), "%Y-%m-%d %H:00") if by == "hour" else (timedelta(days=1), "%Y-%m-%d")
     at = window.since if by == "hour" else window.since.replace(hour=0)
     names = []

@@ -16,12 +16,12 @@ from shared.console import print_json, reporting
 from shared.database import DATABASE_ERRORS, cannot_reach, connect_pool
 from shared.errors import InvalidRequest, Unavailable
 from shared.settings import Settings, load
-from workers import report_html, report_table
+from workers import report_charts, report_html, report_table
 from workers.report import BYS, Report, Window, collect
 from workers.report_sql import By
 
-#: What the page shows, whatever is asked for beside it.
-_ON_THE_PAGE: tuple[By, ...] = ("day", "hour", "profile", "tenant", "model", "experiment")
+#: What the page shows beside a chart by the hour or day, whatever else is asked for.
+_ON_THE_PAGE: tuple[By, ...] = ("profile", "tenant", "model", "experiment")
 
 
 def report(
@@ -52,7 +52,8 @@ def report(
         if html is not None and html.is_dir():
             raise InvalidRequest(f"--html {html} is a directory; name a file in it, such as report.html", field="html")
         settings = load()
-        shown = dict.fromkeys((*wanted, *(_ON_THE_PAGE if html is not None else ())))
+        page = (report_charts.bucket(window), *_ON_THE_PAGE) if html is not None else ()
+        shown = dict.fromkeys((*wanted, *page))
         found = asyncio.run(_read(settings, window, list(shown), top))
         if html is not None:
             _write(html, report_html.render(found))
@@ -76,7 +77,7 @@ def _dimensions(names: Sequence[str]) -> list[By]:
 
 
 async def _read(settings: Settings, window: Window, by: Sequence[By], top: int) -> Report:
-    pool = await connect_pool(settings, name="millpond-report", size=1, min_size=1)
+    pool = await connect_pool(settings, name="millpond-report", size=1, min_size=1, command_timeout=None)
     try:
         async with pool.acquire() as connection:
             return await collect(connection, window, by, top, settings.experiments)

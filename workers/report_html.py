@@ -19,7 +19,7 @@ _GROUPS = ("model", "profile", "tenant")
 
 
 def render(report: Report, now: datetime | None = None) -> str:
-    """Return the page. `report` needs the groups `day`, `hour`, `experiment` and those of its tables."""
+    """Return the page. `report` needs the groups of its tables, `experiment`, and `report_charts.bucket`'s."""
     environment = Environment(
         loader=PackageLoader("workers", "."),
         autoescape=True,

@@ -17,18 +17,22 @@ COMPUTED = ("collapsed", "llm")
 TIERS = ("l1", "l2", "l3", "semantic", "stale", *COMPUTED)
 #: Dimensions whose lines are in the order of their names.
 NAMED = ("day", "hour", "experiment")
-_DAY, _HOUR = "to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD')", "to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:00')"
 
-#: What names a group in `hits` and in `calls`. An experiment and its variant are joined by a line feed.
+#: What tells a group in `hits` and in `calls`. An experiment and its variant are joined by a line feed.
 _NAMES = {
     "total": ("'total'", "'total'"),
-    "day": (_DAY.format("hour"), _DAY.format("at")),
-    "hour": (_HOUR.format("hour"), _HOUR.format("at")),
+    "day": ("date_trunc('day', hour, 'UTC')", "date_trunc('day', at, 'UTC')"),
+    "hour": ("hour", "date_trunc('hour', at, 'UTC')"),
     "tier": ("tier", "'llm'"),
     "profile": ("profile", "profile"),
     "tenant": ("tenant", "tenant"),
     "model": ("model", "model"),
     "experiment": ("experiment || E'\\n' || variant", "experiment || E'\\n' || coalesce(variant, '')"),
+}
+#: How a group that is no text is written; once for each line, not for each row.
+_WRITTEN = {
+    "day": "to_char(name AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS name",
+    "hour": "to_char(name AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:00') AS name",
 }
 _HISTOGRAM = (
     "ARRAY[" + ", ".join(f"coalesce(sum(histogram[{n}]), 0)" for n in range(1, len(BOUNDS) + 2)) + "]::bigint[]"
@@ -63,7 +67,8 @@ WITH served AS (
     sum(cost) AS spent, sum(cost) FILTER (WHERE kind <> 'fill') AS overhead, sum(cost * cost) AS squares
   FROM calls WHERE at >= $1 AND at < $2 {assigned} {group}
 ), joined AS (
-  SELECT name, coalesce(requests, 0)::bigint AS requests, coalesce(tiers, '{{}}') AS tiers, histogram,
+  SELECT {_WRITTEN.get(by, "name")},
+    coalesce(requests, 0)::bigint AS requests, coalesce(tiers, '{{}}') AS tiers, histogram,
     coalesce(calls, 0) AS calls, coalesce(failed_calls, 0) AS failed_calls,
     coalesce(background_calls, 0) AS background_calls, coalesce(unpriced_calls, 0) AS unpriced_calls,
     coalesce(spent_prompt_tokens, 0)::bigint AS spent_prompt_tokens,
