@@ -95,11 +95,13 @@ class Question:
     early_refresh: float
     #: whether the asking application computes a miss itself
     lead: bool
+    #: whether there is a cache at all
+    enabled: bool
 
     @property
     def reads(self) -> bool:
         """Whether a stored entry may answer."""
-        return self.mode not in ("refresh", "bypass")
+        return self.enabled and self.mode not in ("refresh", "bypass")
 
     @property
     def stores(self) -> bool:
@@ -139,7 +141,7 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
         profile=name,
         tenant=tenant,
         model=model,
-        mode=mode if rules.cache_enabled else "bypass",
+        mode=mode if rules.cache_enabled or mode == "only-if-cached" else "bypass",
         ttl_ms=int(ttl * 1000),
         max_age_ms=None if max_age is None else int(seconds(max_age, "max_age", least=0.0) * 1000),
         stale_ms=int(profile.stale_while_revalidate * 1000),
@@ -153,6 +155,7 @@ def understand(body: bytes, cache: bytes | None, rules: Rules) -> Question:
         kind=Kind(name, tenant, model, experiment, _variant(content, directives, experiment, rules)),
         early_refresh=profile.early_refresh,
         lead=_truth(directives, "lead"),
+        enabled=rules.cache_enabled,
     )
 
 

@@ -426,3 +426,30 @@ async def test_without_a_server_it_says_so(pond: Pond) -> None:
         proxy.refuse = True
         with pytest.raises(Unavailable):
             await pond.client(proxy.url).get_or_compute(PROFILE, ARGS, Mill())
+
+
+async def test_where_the_cache_is_switched_off_everyone_computes_and_nothing_is_found(pond: Pond) -> None:
+    mill = Mill()
+    mill.go.set()
+    off = pond.with_(cache_enabled=False)
+    async with pond.working("lookup", "llm", cache_enabled=False):
+        for client in (pond.client(), Client(settings=off)):
+            async with client, asyncio.timeout(8):
+                assert await asking(client, mill) == "flour"
+                assert await asking(client, mill) == "flour"
+                assert not await client.get(PROFILE, ARGS)
+                await pond.settled()
+    assert (mill.runs, pond.calls()) == (4, 0)
+
+
+async def test_without_a_function_the_profiles_resolver_computes_in_the_pool(
+    pond: Pond, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grinding.py").write_text("def grind(body): return {'flour of': body['input']['grain']}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pond.options["profiles"] = {"mill": {"resolver": "grinding:grind"}}
+    async with pond.working("lookup", "llm"), pond.client() as client:
+        found = await asyncio.gather(*(client.get_or_compute("mill", {"grain": "rye"}) for _ in range(3)))
+        assert found == [{"flour of": "rye"}] * 3
+        assert (await client.get("mill", {"grain": "rye"})).value == found[0]
+        await pond.settled()

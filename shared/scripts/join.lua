@@ -89,8 +89,10 @@ if not status then
   if lease > 0 then
     -- Its leader renews it; left alone it expires, and who knocks next leads a new one.
     leader = asking[1]
-    redis.call('HSET', KEYS[4], 'lead', leader)
-    redis.call('PEXPIRE', KEYS[4], lease)
+    if shared then
+      redis.call('HSET', KEYS[4], 'lead', leader)
+      redis.call('PEXPIRE', KEYS[4], lease)
+    end
   else
     redis.call('XADD', KEYS[2], '*', 'key', key, 'token', token, 'epoch', epoch, 'body', ARGV[11], 'spec', ARGV[12])
   end
@@ -117,7 +119,8 @@ end
 redis.call('XACK', KEYS[1], group, unpack(ids))
 redis.call('XDEL', KEYS[1], unpack(ids))
 if status == 'LEAD' then
-  local led = redis.call('HMGET', KEYS[4], 'epoch', 'tags', 'ttl')
+  -- Who bypasses the cache computes for itself alone: no flight, and so nothing to land.
+  local led = shared and redis.call('HMGET', KEYS[4], 'epoch', 'tags', 'ttl') or { '0-0', ARGV[13], ARGV[7] }
   return { 'LEAD', token, #ids, leader, led[1], led[2], led[3] }
 end
 return { status, token, #ids }
