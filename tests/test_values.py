@@ -133,6 +133,16 @@ async def test_what_is_put_replaces_what_every_worker_holds(pond: Pond, partitio
             assert {(await client.get("retrieval", QUERY)).value for _ in range(20)} == {n}
 
 
+async def test_what_is_put_replaces_what_only_a_workers_memory_holds(pond: Pond) -> None:
+    async with pond.working("lookup"), pond.client() as client:
+        key = await client.put("retrieval", QUERY, "old")
+        assert (await client.get("retrieval", QUERY)).value == "old"
+        pond.redis.delete(PartitionKeys(0).entry(key))  # its probation is over
+        assert (await client.get("retrieval", QUERY)).tier == "l1"
+        await client.put("retrieval", QUERY, "new")
+        assert (await client.get("retrieval", QUERY)).value == "new"
+
+
 @pytest.mark.parametrize("args", ["", " ", [], {}, None, 7], ids=repr)
 async def test_what_nothing_depends_on_is_refused(pond: Pond, args: Any) -> None:
     async with pond.working("lookup"), pond.client() as client:

@@ -15,7 +15,7 @@ if done then
   if not fresh then return { 'LOST' } end
   return { reason, tonumber(at), redis.call('LRANGE', KEYS[3], 0, -1), tonumber(fresh) }
 end
-local flight = redis.call('HMGET', KEYS[2], 'token', 'tags', 'ttl', 'store')
+local flight = redis.call('HMGET', KEYS[2], 'token', 'tags', 'ttl', 'store', 'replaces')
 local created, current = now_ms(), flight[1] == token
 if not current and created >= tonumber(ARGV[14]) then return { 'LOST' } end
 if not current then flight = {} end
@@ -34,18 +34,22 @@ else
   local entry = present and head(present)
   if entry and newer(entry.epoch, epoch) then
     reason = 'superseded'
-  elseif entry then
-    -- Whoever holds the replaced answer in L1 follows this log and drops it. No marker moves: nothing is invalidated.
+  elseif entry or flight[5] or stale > 0 then
+    -- Whoever holds the replaced answer in L1 follows this log and drops it; it may have left L2 before. No marker moves:
+    -- nothing is invalidated.
     redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[10], '*', 'by', 'land', 'tags', 'key:' .. key)
   end
 end
 if reason == 'stored' then
   local text = compose(epoch, created, ttl, stale, err, labels, ARGV[8], ARGV[9])
-  -- Only what is on its way to the durable tier may leave Redis early.
+  -- Only what is on its way to the durable tier may leave Redis early, and not while what landed half a probation ago is
+  -- still on its way.
+  local probation, first = tonumber(ARGV[7]), redis.call('XRANGE', KEYS[6], '-', '+', 'COUNT', 1)[1]
+  local behind = first and created - tonumber(string.match(first[1], '^%d+')) > probation / 2
   local told = redis.call('XLEN', KEYS[6]) < tonumber(ARGV[11])
     and redis.call('XADD', KEYS[6], 'NOMKSTREAM', '*', 'key', key, 'outcome', 'stored', 'entry', text)
   local life = ttl + stale + err
-  redis.call('SET', KEYS[1], text, 'PX', told and math.min(life, tonumber(ARGV[7])) or life)
+  redis.call('SET', KEYS[1], text, 'PX', told and not behind and math.min(life, probation) or life)
 end
 if current then redis.call('DEL', KEYS[2]) end
 redis.call('SET', KEYS[4], string.format('%s %d %d', reason, created, created + ttl), 'PX', ARGV[12])

@@ -14,15 +14,18 @@ if pruned(KEYS[2], epoch) or invalidated(KEYS[2], key, labels, epoch) then retur
 local present = redis.call('GET', KEYS[1])
 local entry = present and head(present)
 if entry and newer(entry.epoch, epoch) then return 'superseded' end
-if entry then
-  -- Whoever holds the replaced answer in L1 follows this log and drops it. No marker moves: nothing is invalidated.
-  redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[10], '*', 'by', 'land', 'tags', 'key:' .. key)
-end
-local ttl, stale, err = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local text = compose(epoch, now_ms(), ttl, stale, err, labels, ARGV[8], ARGV[9])
--- Only what is on its way to the durable tier may leave Redis early.
+-- Whoever holds the replaced value in L1 follows this log and drops it; it may have left L2 before. No marker moves:
+-- nothing is invalidated.
+redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[10], '*', 'by', 'land', 'tags', 'key:' .. key)
+
+local ttl, stale, err, created = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), now_ms()
+local text = compose(epoch, created, ttl, stale, err, labels, ARGV[8], ARGV[9])
+-- Only what is on its way to the durable tier may leave Redis early, and not while what landed half a probation ago is
+-- still on its way.
+local probation, first = tonumber(ARGV[7]), redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', 1)[1]
+local behind = first and created - tonumber(string.match(first[1], '^%d+')) > probation / 2
 local told = redis.call('XLEN', KEYS[3]) < tonumber(ARGV[11])
   and redis.call('XADD', KEYS[3], 'NOMKSTREAM', '*', 'key', key, 'outcome', 'stored', 'entry', text)
 local life = ttl + stale + err
-redis.call('SET', KEYS[1], text, 'PX', told and math.min(life, tonumber(ARGV[7])) or life)
+redis.call('SET', KEYS[1], text, 'PX', told and not behind and math.min(life, probation) or life)
 return 'stored'
