@@ -42,14 +42,13 @@ else
 end
 if reason == 'stored' then
   local text = compose(epoch, created, ttl, stale, err, labels, ARGV[8], ARGV[9])
-  -- Only what is on its way to the durable tier may leave Redis early, and not while what landed half a probation ago is
-  -- still on its way.
-  local probation, first = tonumber(ARGV[7]), redis.call('XRANGE', KEYS[6], '-', '+', 'COUNT', 1)[1]
-  local behind = first and created - tonumber(string.match(first[1], '^%d+')) > probation / 2
-  local told = redis.call('XLEN', KEYS[6]) < tonumber(ARGV[11])
+  -- Only what is on its way to the durable tier may leave Redis early, and not while much is. (How long it has been, an
+  -- application may not look: others' prompts lie there.)
+  local waiting = redis.call('XLEN', KEYS[6])
+  local told = waiting < tonumber(ARGV[11])
     and redis.call('XADD', KEYS[6], 'NOMKSTREAM', '*', 'key', key, 'outcome', 'stored', 'entry', text)
   local life = ttl + stale + err
-  redis.call('SET', KEYS[1], text, 'PX', told and not behind and math.min(life, probation) or life)
+  redis.call('SET', KEYS[1], text, 'PX', told and waiting < 1000 and math.min(life, tonumber(ARGV[7])) or life)
 end
 if current then redis.call('DEL', KEYS[2]) end
 redis.call('SET', KEYS[4], string.format('%s %d %d', reason, created, created + ttl), 'PX', ARGV[12])

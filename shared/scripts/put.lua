@@ -18,14 +18,13 @@ if entry and newer(entry.epoch, epoch) then return 'superseded' end
 -- nothing is invalidated.
 redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[10], '*', 'by', 'land', 'tags', 'key:' .. key)
 
-local ttl, stale, err, created = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), now_ms()
-local text = compose(epoch, created, ttl, stale, err, labels, ARGV[8], ARGV[9])
--- Only what is on its way to the durable tier may leave Redis early, and not while what landed half a probation ago is
--- still on its way.
-local probation, first = tonumber(ARGV[7]), redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', 1)[1]
-local behind = first and created - tonumber(string.match(first[1], '^%d+')) > probation / 2
-local told = redis.call('XLEN', KEYS[3]) < tonumber(ARGV[11])
+local ttl, stale, err = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local text = compose(epoch, now_ms(), ttl, stale, err, labels, ARGV[8], ARGV[9])
+-- Only what is on its way to the durable tier may leave Redis early, and not while much is. (How long it has been, an
+-- application may not look: others' prompts lie there.)
+local waiting = redis.call('XLEN', KEYS[3])
+local told = waiting < tonumber(ARGV[11])
   and redis.call('XADD', KEYS[3], 'NOMKSTREAM', '*', 'key', key, 'outcome', 'stored', 'entry', text)
 local life = ttl + stale + err
-redis.call('SET', KEYS[1], text, 'PX', told and not behind and math.min(life, probation) or life)
+redis.call('SET', KEYS[1], text, 'PX', told and waiting < 1000 and math.min(life, tonumber(ARGV[7])) or life)
 return 'stored'
