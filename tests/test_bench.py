@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import orjson
 import pytest
 from rich.console import Console
 
-from producers.bench import command, machine, measure, promotion, questions, table
+from producers.bench import command, machine, measure, promotion, questions, scenarios, table, workflows
 from producers.bench.loop import run_fast
 from producers.bench.stage import surroundings
 from shared.console import INTERRUPTED
@@ -34,6 +35,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "memory": {"answers": 1000, "compared": 20},
     "promotion": {"requests": 300, "seconds": 3.0, "answers": 100},
     "l3": {"stored": 3000, "askable": 90, "asked": 20},
+    "scenarios": {
+        "conversations": 12,
+        "at_once": 4,
+        "samples": 10,
+        "seconds": 0.3,
+        "burst_requests": 60,
+        "users_requests": 150,
+        "misses": 5,
+        "answers": 60,
+    },
 }
 PROMISED = {
     "hits": {"millpond_per_s", "get_per_s", "echo_per_s", "ratio_to_get", "ratio_to_echo"},
@@ -64,6 +75,34 @@ def test_a_benchmark_reports_the_fields_it_promises(name: str) -> None:
     assert PROMISED[name] <= found.keys()
     assert all(found[field] > 0 for field in PROMISED[name])
     assert orjson.loads(orjson.dumps(found)) == found
+
+
+def test_the_scenarios_report_claim_measured_and_ratio() -> None:
+    found = small("scenarios")
+    leads, same, users = found["leads"], found["same_questions"], found["users"]
+    # Counted by the provider and by the client alike: each distinct request is computed once, whoever asks.
+    shared = len(workflows.SHARED_BY_ALL) + workflows.PROPERTIES * len(workflows.SHARED_BY_PROPERTY)
+    assert leads["provider_calls"] == leads["answered_from"]["llm"] == shared + 12 * len(workflows.OWN)
+    assert 85_000 < leads["tokens_without"] < 101_000
+    assert leads["tokens_with"] < leads["tokens_without"]
+    assert (same["provider_calls"], same["answered_from"]["llm"]) == (5, 5)
+    assert sum(same["answered_from"].values()) == 60
+    assert sum(users["answered_from"].values()) == 150
+    assert all(claim["ratio"] == round(claim["measured"] / claim["claim"], 4) for claim in found["claims"])
+    assert found["due"] == sum(claim["due"] for claim in found["claims"]) == len(found["claims"]) - 1
+    shown = Console(width=140, record=True, file=io.StringIO())
+    found |= {"cpu_busy_before": 0.0, "server": {"server": "x", "connection": "unix"}}
+    shown.print(table.render({"scenarios": found}, machine.describe()))
+    text = shown.export_text()
+    assert "tokens per workflow" in text
+    assert "needs the semantic tier" in text or found["claims"][-4]["kept"]
+
+
+def test_a_claim_that_is_not_kept_is_a_figure_below_its_floor() -> None:
+    claims = [scenarios.Claim("a", "b", "c", 10, measured, unit="ms", due=due).as_dict()
+              for measured, due in ((9, True), (11, True), (11, False))]  # fmt: skip
+    found = table.figures({"scenarios": {"claims": claims}})
+    assert [figure.verdict for figure in found] == [table.AIM, table.MISSED]
 
 
 def test_hits_are_answered_without_a_provider_call() -> None:

@@ -36,6 +36,7 @@ class Which(StrEnum):
     memory = "memory"
     promotion = "promotion"
     l3 = "l3"
+    scenarios = "scenarios"
     all = "all"
 
 
@@ -78,7 +79,8 @@ def bench(
     GET. miss: what is added to a provider call. stampede: 10,000 identical requests at once. failover: the same with
     the computing worker killed. memory: 10,000 cached answers. promotion: Redis memory and hits on a heavy-tailed
     stream, with probation and without. l3: answers that only PostgreSQL has, among a million (made once, 2 GB in the
-    user's cache directory). Speeds are medians of ratios taken in turns.
+    user's cache directory). scenarios: the workloads this project began with, beside what was claimed for them.
+    Speeds are medians of ratios taken in turns.
 
     Exit codes: 0 no figure is below its floor, 1 some figure is, 2 a wrong option or setting, 3 no server,
     130 interrupted.

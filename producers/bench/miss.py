@@ -60,6 +60,11 @@ async def run(
     }
 
 
+async def added(client: Client, asked: Sequence[questions.Messages], journal: Path) -> list[float]:
+    """Ask each, one at a time; return what came on top of the provider's time, in milliseconds."""
+    return _added(await _misses(client, asked, 1), journal)
+
+
 async def _misses(client: Client, asked: Sequence[questions.Messages], concurrency: int) -> dict[str, float]:
     """Ask each once; return the seconds each took, by the fingerprint the provider knows it by."""
     took: dict[str, float] = {}

@@ -92,12 +92,21 @@ def figures(results: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
             found.append(
                 Figure(promise.what, promise.benchmark, promise.field, *bounds, promise.verdict(measured)),
             )
+    for claim in results.get("scenarios", {}).get("claims", ()):
+        if claim["due"]:
+            what, bound = f"{claim['scenario']}: {claim['what']}", claim["claim"]
+            figures_of = ("scenarios", claim["field"], bound, bound, claim["unit"], claim["measured"], None, None)
+            found.append(Figure(what, *figures_of, AIM if claim["kept"] else MISSED))
     return found
 
 
 def render(results: Mapping[str, Mapping[str, Any]], machine: Mapping[str, Any]) -> RenderableType:
     """Return the table of promises; with a single benchmark, also everything else it found."""
-    parts: list[RenderableType] = [_promises(figures(results))]
+    parts: list[RenderableType] = []
+    if promised := [figure for figure in figures(results) if figure.benchmark != "scenarios"]:
+        parts.append(_promises(promised))
+    if "scenarios" in results:
+        parts.append(_claims(results["scenarios"]["claims"]))
     if len(results) == 1:
         (result,) = results.values()
         parts += [_details(result)]
@@ -123,6 +132,30 @@ def _promises(found: list[Figure]) -> Table:
             extremes,
             Text(one.verdict, style=_COLOURS[one.verdict]),
         )
+    return table
+
+
+def _claims(claims: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("scenario", max_width=24)
+    table.add_column("what", max_width=44)
+    for name in ("claim", "measured", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    before = ""
+    for one in claims:
+        sign = "≤" if one["less"] else "≥"
+        kept = Text("kept", style=_COLOURS[AIM])
+        missed = Text("not kept", style=_COLOURS[MISSED]) if one["due"] else Text("needs the semantic tier")
+        table.add_row(
+            one["scenario"] if one["scenario"] != before else "",
+            one["what"],
+            f"{sign} {_with_unit(one['claim'], one['unit'])}",
+            _with_unit(one["measured"], one["unit"]),
+            f"{one['ratio']:.2f}",
+            kept if one["kept"] else missed,
+        )
+        before = one["scenario"]
     return table
 
 
