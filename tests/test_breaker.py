@@ -11,7 +11,7 @@ import pytest
 
 from shared import keys
 from shared.errors import ContentFiltered, ProviderError, ProviderTimeout, ProviderUnreachable, RateLimited
-from shared.providers.breaker import Breaker, CircuitOpen, is_ill
+from shared.providers.breaker import Breaker, CircuitOpen, Turn, is_ill
 from shared.providers.chain import Route, ask
 from shared.providers.simulated import SimulatedProvider
 from shared.settings import Settings
@@ -42,8 +42,8 @@ async def failing(breaker: Breaker, times: int) -> None:
         await breaker.tell(NAME, await breaker.ask(NAME), ProviderError("down", status=503))
 
 
-async def probing(breaker: Breaker) -> str:
-    """Wait until a call is let through; return its name."""
+async def probing(breaker: Breaker) -> Turn:
+    """Wait until a call is let through; return its turn."""
     while True:
         try:
             return await breaker.ask(NAME)
@@ -78,6 +78,18 @@ async def test_failures_in_a_row_open_a_circuit_for_the_whole_pool(two: tuple[Br
     await one.look("p:another")
 
 
+async def test_a_process_that_found_a_circuit_well_learns_of_the_others_failures_soon(
+    two: tuple[Breaker, Breaker],
+) -> None:
+    one, other = two
+    await other.ask(NAME)
+    await failing(one, 3)
+    with pytest.raises(CircuitOpen):
+        for _ in range(100):
+            await other.tell(NAME, await other.ask(NAME), None)
+            await asyncio.sleep(0.01)
+
+
 async def test_one_call_of_the_pool_probes_and_its_success_closes(server: Server, two: tuple[Breaker, Breaker]) -> None:
     one, other = two
     await failing(one, 3)
@@ -85,7 +97,7 @@ async def test_one_call_of_the_pool_probes_and_its_success_closes(server: Server
     for breaker in two:
         with pytest.raises(CircuitOpen):
             await breaker.ask(NAME)
-    await one.tell(NAME, "a call from before", None)
+    await one.tell(NAME, Turn("a call from before"), None)
     with pytest.raises(CircuitOpen):
         await one.ask(NAME)
     await other.tell(NAME, probe, None)

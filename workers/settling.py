@@ -15,6 +15,7 @@ from shared import prices
 from shared.entry import Unreadable, pack, unpack
 from shared.errors import ContentFiltered, MillpondError, ProviderError, ProviderTimeout, ProviderUnreachable
 from shared.link import LINK_ERRORS, Command
+from shared.providers.breaker import CircuitOpen
 from shared.providers.chain import Answered
 from shared.providers.gate import verdict
 from shared.scripts import SCRIPTS, Arg
@@ -212,8 +213,11 @@ class Settling:
 def is_passing(error: MillpondError) -> bool:
     """Whether others who ask the same soon would get the same error: the provider's state, or refused content.
 
-    Not what another may be spared (an unexpected failure, a dead letter), nor a 4xx that a corrected setting cures.
+    Not what another may be spared (an unexpected failure, a dead letter), nor a 4xx that a corrected setting cures; nor
+    an open circuit: it spares the provider by itself, and says nothing of this question.
     """
+    if isinstance(error, CircuitOpen):
+        return False
     if isinstance(error, ProviderTimeout | ProviderUnreachable | ContentFiltered):
         return True
     return isinstance(error, ProviderError) and error.status is not None and (error.retryable or error.status >= 500)

@@ -14,6 +14,8 @@ import asyncio
 import itertools
 import logging
 import secrets
+import time
+from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -30,6 +32,9 @@ log = logging.getLogger("millpond.breaker")
 _PATIENCE = 1.0
 #: Seconds on top of an attempt's time-out, after which a probe counts as abandoned.
 _GRACE = 1.0
+#: Seconds for which a process goes by having found a circuit closed, without a failure; of how many it remembers that.
+_TRUST = 0.25
+_REMEMBERED = 1000
 
 
 class CircuitOpen(ProviderUnreachable):
@@ -48,6 +53,14 @@ def is_ill(error: ProviderError) -> bool:
     return isinstance(error, ProviderTimeout | ProviderUnreachable) or (error.status or 0) >= 500
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Leave to make one call; a probe's end decides about its circuit."""
+
+    call: str
+    probe: bool = False
+
+
 class Breaker:
     """The circuits as one worker process sees them, on a link that is its own."""
 
@@ -55,6 +68,8 @@ class Breaker:
         self._link = Link(url, name="millpond-breaker")
         reset_ms, probe_ms = int(settings.breaker_reset * 1000), int((settings.attempt_timeout + _GRACE) * 1000)
         self._limits = settings.breaker_failures, reset_ms, probe_ms
+        self._trust = min(_TRUST, settings.breaker_reset / 4)
+        self._well_until: dict[str, float] = {}
         self._names = map("{}.{}".format, itertools.repeat(secrets.token_hex(6)), itertools.count())
 
     async def look(self, circuit: str) -> None:
@@ -65,32 +80,48 @@ class Breaker:
         """
         self._judge(circuit, await self._run("look", circuit, ""))
 
-    async def ask(self, circuit: str) -> str:
-        """Return the name under which a call may be made; tell its end with `tell`.
+    async def ask(self, circuit: str) -> Turn:
+        """Return the turn in which a call may be made; say how it ended with `tell` or `give_up`.
 
         Raises:
-            CircuitOpen: it may not.
+            CircuitOpen: it may not be made.
         """
-        call = next(self._names)
-        self._judge(circuit, await self._run("ask", circuit, call))
-        return call
+        turn = next(self._names)
+        if time.monotonic() < self._well_until.get(circuit, 0.0):
+            return Turn(turn)
+        found = await self._run("ask", circuit, turn)
+        self._judge(circuit, found)
+        if found == 0:
+            if len(self._well_until) >= _REMEMBERED:
+                self._well_until.clear()
+            self._well_until[circuit] = time.monotonic() + self._trust
+        return Turn(turn, probe=found == 1)
 
-    async def tell(self, circuit: str, call: str, error: ProviderError | None) -> None:
+    async def tell(self, circuit: str, turn: Turn, error: ProviderError | None) -> None:
         """Tell what a call came to. An error that several calls share (a batch's) counts once."""
-        ill = error is not None and is_ill(error)
-        if ill and error is not None:
-            if error.counted:
-                return
+        if error is None or not is_ill(error):
+            if turn.probe:
+                await self._run("well", circuit, turn.call)
+            else:
+                self._post("well", circuit, turn.call)
+            return
+        if not error.counted:
             error.counted = True
-        await self._run("ill" if ill else "well", circuit, call)
+            self._well_until.pop(circuit, None)
+            await self._run("ill", circuit, turn.call)
 
-    def give_up(self, circuit: str, call: str, *, ill: bool) -> None:
+    def give_up(self, circuit: str, turn: Turn, *, ill: bool) -> None:
         """Tell, without waiting, that a call was cut: a failure, or (`ill` false) as if it had never been made."""
-        self._link.post([self._command("ill" if ill else "void", circuit, call)]).add_done_callback(_look_at)
+        if ill:
+            self._well_until.pop(circuit, None)
+        self._post("ill" if ill else "void", circuit, turn.call)
 
     async def close(self) -> None:
         """Close the connection. Safe to call twice."""
         await self._link.close()
+
+    def _post(self, verb: str, circuit: str, call: str) -> None:
+        self._link.post([self._command(verb, circuit, call)]).add_done_callback(_look_at)
 
     def _command(self, verb: str, circuit: str, call: str) -> Command:
         return SCRIPTS["circuit"].call([f"{keys.BREAKER_PREFIX}:{circuit}"], [verb, call, *self._limits])

@@ -2,7 +2,7 @@
 -- KEYS  1 the circuit (hash: `failures` in a row; once open: `until` (ms), the `probe` under way and its `lease` (ms))
 -- ARGV  1 'look', 'ask', 'well', 'ill' or 'void' (the call was given up), 2 a name for the call, 3 failures that open,
 --       4 open for (ms), 5 most that a probe takes (ms)
--- Returns 0 closed, 1 the call is (or would be) the probe, -MS refused, to be asked again in MS.
+-- Returns 0 closed, 1 the call is (or would be) the probe, 2 closed after failures, -MS refused, to be asked again in MS.
 -- Closes: with reads and writes apart, a whole pool would probe at once, and calls that began before the circuit opened
 -- would decide about it when they end: only its probe does. A prober that dies loses its turn to the next.
 local verb, call, now = ARGV[1], ARGV[2], now_ms()
@@ -11,7 +11,7 @@ local until_ms, mine = tonumber(open[1] or nil), open[2] == call
 local keep = math.max(60000, 10 * tonumber(ARGV[4])) + tonumber(ARGV[5])
 
 if verb == 'look' or verb == 'ask' then
-  if not until_ms then return 0 end
+  if not until_ms then return redis.call('EXISTS', KEYS[1]) * 2 end
   local free = math.max(until_ms, tonumber(open[3] or 0))
   if now < free then return -(free - now) end
   if verb == 'ask' then
