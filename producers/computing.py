@@ -39,7 +39,8 @@ class Computing(Store):
         any JSON, bytes, or a NumPy array; a coroutine function is awaited, a plain one runs in a thread. It runs in
         one process at a time; the others wait. If it raises, it raises here, and the others get `ComputeError`, or
         (profile with `on_error = "elect"`) the next of them computes; as it does when this caller is cancelled, runs
-        out of `timeout` seconds or dies. Without `function` the profile's `resolver` computes, in the LLM pool.
+        out of `timeout` seconds or dies. Where the profile keeps values for errors (`stale_if_error`), such a value is
+        returned instead of the error, to all. Without `function` the profile's `resolver` computes, in the LLM pool.
 
         What is returned is what everyone gets: tuples become lists, for instance.
 
@@ -54,7 +55,7 @@ class Computing(Store):
             "profile": profile, "tags": tags, "ttl": ttl, "tenant": tenant, "scope": scope, "max_age": max_age,
         }  # fmt: skip
         body = self._body(args)
-        async with _within(timeout or self._settings.timeout):
+        async with _within(self._wait(timeout)):
             outcome = await self._request(body, directives, timeout, lead=function is not None)
             if isinstance(outcome, Reply):
                 return outcome.value

@@ -77,7 +77,7 @@ class Connection:
         self._leading: set[Leader] = set()
         #: the newest elections somebody here was told of: a request published twice is elected twice
         self._elected: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._endings: set[asyncio.Task[None]] = set()
+        self._endings: set[asyncio.Task[Any]] = set()
         self._opening: asyncio.Lock | None = None
         self._link: Link | None = None
         self._channel: ReplyChannel | None = None
@@ -195,9 +195,7 @@ class Connection:
                 f"body has {len(body)} bytes; the limit is {self._settings.max_input_bytes}", field="body"
             )
         cache = self._encode_directives(directives, lead=lead)
-        wait = (
-            self._settings.timeout if timeout is None else seconds(timeout, "timeout", least=0.001, most=MAX_DEADLINE)
-        )
+        wait = self._wait(timeout)
         self._count += 1
         request_id = f"{self._id}-{self._count:x}"
         future: asyncio.Future[Reply | Grant | Alone] = self._loop.create_future()
@@ -225,6 +223,11 @@ class Connection:
             self._waiting.pop(request_id, None)
             if future.cancelled() or not future.done():
                 outgoing.withdrawn = True
+
+    def _wait(self, timeout: float | None) -> float:
+        return (
+            self._settings.timeout if timeout is None else seconds(timeout, "timeout", least=0.001, most=MAX_DEADLINE)
+        )
 
     def _publish(self, outgoing: Outgoing) -> None:
         assert self._publisher is not None  # noqa: S101 (connected)
@@ -291,7 +294,7 @@ class Connection:
         task.add_done_callback(self._chores.discard)
         return task
 
-    def _finish(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _finish(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Write something others wait for: in the background, and before the client is closed."""
         task = asyncio.create_task(work)
         self._endings.add(task)
@@ -334,9 +337,10 @@ class Connection:
         while True:
             began = self._loop.time()
             await asyncio.sleep(_LOOK)
-            if self._loop.time() - began > 2 * _LOOK:
+            away = channel.silence() > fallback.after
+            if away and self._loop.time() - began > 2 * _LOOK:
                 continue  # this loop was held up: what the server said meanwhile is yet to be read
-            fallback.active = channel.silence() > fallback.after
+            fallback.active = away
             if fallback.active:
                 for outgoing in list(self._waiting.values()):
                     self._divert(outgoing, fallback)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import orjson
 
-from producers.values import APPLICATION, Encoded, encode
+from producers.values import APPLICATION, Encoded, encode, read_entry
 from shared import keys
 from shared.errors import ComputeError
 from shared.faults import fault_point
@@ -88,7 +88,8 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
             return
         if error is None:
             future.set_result(result)
-        elif isinstance(error, StopIteration):  # no future takes one
+        elif isinstance(error, StopIteration) or not isinstance(error, Exception):
+            # No future takes the one, and the others (SystemExit) would end the loop, and with it everybody's requests.
             future.set_exception(RuntimeError(f"the function raised {error!r}"))
         else:
             future.set_exception(error)
@@ -158,23 +159,30 @@ class Leader:
         members |= {"model": grant.model, "provider": APPLICATION, "epoch": grant.epoch}
         await self._tell(now_ms, waiters, value.payload(members), value.payload(members | {"collapsed": True}))
 
-    async def fail(self, error: ComputeError | None) -> None:
+    async def fail(self, error: ComputeError | None) -> Encoded | None:
         """End the flight without a value: all who wait get the error, or (None) ask again, and one of them computes.
 
-        Handed on, it is over: what is said of it later writes nothing.
+        Instead of an error they get an entry that the profile keeps for that case; returned, if there is one. Handed
+        on, the flight is over: what is said of it later writes nothing.
         """
         grant, names = self._grant, self._names
         flight = [
             names.flight(grant.key), names.waiters(grant.key, grant.token), names.outcome(grant.key, grant.token),
+            names.entry(grant.key), names.tags,
         ]  # fmt: skip
-        reply = await self._settle(
-            SCRIPTS["lead_fail"].call(flight, [grant.token, self._outcome_ms, self._lease_end_ms])
-        )
+        args: list[Arg] = [grant.token, self._outcome_ms, self._lease_end_ms, grant.key, int(error is not None)]
+        reply = await self._settle(SCRIPTS["lead_fail"].call(flight, args))
         if reply[0] == b"LOST":
-            return
-        _, now_ms, waiters = reply
+            return None
+        _, now_ms, waiters, kept = reply
+        if kept and (found := read_entry(kept, now_ms)) is not None:
+            members = {"tier": "l2", "collapsed": False, "stored": "stored", "degraded": True, "key": grant.key}
+            first, rest = (found[1].payload(members | found[0] | {"collapsed": late}) for late in (False, True))
+            await self._tell(now_ms, waiters, first, rest)
+            return found[1]
         payload = _ASK_AGAIN if error is None else orjson.dumps({"error": error.to_wire()})
         await self._tell(now_ms, waiters, payload, payload)
+        return None
 
     async def _settle(self, command: Command) -> list[Any]:
         """Send until it is known to have run; it says the same when it runs again. Given up after a lease."""
@@ -227,14 +235,14 @@ async def compute(
     function: Callable[[], Any],
     *,
     elect: bool,
-    finish: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    finish: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
 ) -> Any:
     """Run `function` for all who wait; return its value. `elect`: if it raises, the next of them computes.
 
     What is to be written goes on in the background (`finish` makes it a task) when the server is slow to take it.
 
     Raises:
-        Exception: whatever `function` raised.
+        Exception: whatever `function` raised, unless an entry kept for that case stands in.
         InvalidRequest: its value cannot be stored.
     """
     began = time.monotonic()
@@ -242,8 +250,13 @@ async def compute(
         value = encode(await run(function))
     except Exception as error:
         told = None if elect else ComputeError(_said(error), kind=type(error).__name__)
-        await asyncio.wait({finish(leader.fail(told))}, timeout=_PATIENCE)
-        raise
+        failing = finish(leader.fail(told))
+        await asyncio.wait({failing}, timeout=_PATIENCE)
+        kept = failing.result() if failing.done() and not failing.cancelled() else None
+        if kept is None:
+            raise
+        log.warning("a computation failed; a stored value past its time stands in", exc_info=error)
+        return kept.decoded()
     except BaseException:  # cancelled, interrupted: no fault of the computation
         finish(leader.fail(None))
         raise

@@ -84,6 +84,20 @@ def decode(about: dict[str, Any], data: bytes) -> Any:
         raise MillpondError(f"a stored array is damaged: {error}") from None
 
 
+def read_entry(text: bytes, now_ms: int) -> tuple[dict[str, Any], Encoded] | None:
+    """Return an entry's members for a reply, save where it was found, and its value; None if it is compressed."""
+    first, rest = text.split(b"\n", 1)
+    _, epoch, created, ttl, _, _, count = first.split(b" ")
+    *_, meta, data = rest.split(b"\n", int(count) + 1)
+    about = orjson.loads(meta)
+    if about["enc"] != "raw":
+        return None
+    age_ms, left_ms = max(0, now_ms - int(created)), max(0, int(created) + int(ttl) - now_ms)
+    members: dict[str, Any] = {"age": age_ms / 1000, "ttl": left_ms / 1000} | ({} if left_ms else {"stale": True})
+    members |= {"model": about["model"], "provider": about["provider"], "epoch": epoch.decode()}
+    return members, Encoded(data, about.get("value"))
+
+
 def split(raw: bytes) -> tuple[bytes, bytes | None]:
     """Return a reply payload's JSON, and the bytes that follow it (None: its value is JSON)."""
     if not raw.startswith(b"#"):

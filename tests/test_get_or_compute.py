@@ -122,6 +122,27 @@ async def test_plain_functions_that_wait_for_each_other_find_a_thread_each(pond:
         assert await asyncio.to_thread(grind, 40) == 40
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), StopIteration()], ids=repr)
+async def test_a_plain_function_that_would_end_the_program_is_an_error_of_its_own(
+    pond: Pond, error: BaseException
+) -> None:
+    def grind() -> None:
+        raise error
+
+    async with pond.working("lookup"), pond.client() as client:
+        with pytest.raises(RuntimeError, match=type(error).__name__):
+            await client.get_or_compute(PROFILE, ARGS, grind)
+        assert await client.get_or_compute(PROFILE, ARGS, lambda: 1) == 1
+
+
+@pytest.mark.parametrize("timeout", [0, -1, "1", 1e9])
+async def test_a_timeout_that_is_none_is_refused_by_name(pond: Pond, timeout: Any) -> None:
+    async with pond.client() as client:
+        with pytest.raises(InvalidRequest) as refused:
+            await client.get_or_compute(PROFILE, ARGS, lambda: 1, timeout=timeout)
+        assert refused.value.field == "timeout"
+
+
 async def test_everyone_gets_the_value_as_it_is_stored(pond: Pond) -> None:
     async with pond.working("lookup"), pond.client() as client:
         found = [await client.get_or_compute(PROFILE, ARGS, lambda: (1, (2,))) for _ in range(2)]
@@ -185,6 +206,27 @@ async def test_a_value_that_cannot_be_stored_is_an_error_for_all(pond: Pond) -> 
         found = await asyncio.gather(*asked, return_exceptions=True)
         await pond.settled()
     assert {type(error) for error in found} == {InvalidRequest, ComputeError}
+
+
+async def test_a_value_kept_for_errors_stands_in_unless_it_was_invalidated(pond: Pond, partitions: int) -> None:
+    pond.options["profiles"] = {"mill": {"ttl": 0.05, "stale_if_error": 100}}
+    mill = Mill("old")
+    mill.go.set()
+    async with pond.working("lookup"), pond.client() as one, pond.client() as two:
+        assert await asking(one, mill, "mill", tags=["a"]) == "old"
+        await asyncio.sleep(0.1)  # past its time
+        assert not await one.get("mill", ARGS)
+        mill.go.clear()
+        mill.value = LookupError("the sluice is shut")
+        asked = [asking(client, mill, "mill") for client in (one, one, two)]
+        await until(lambda: aboard(pond) == 2, "the others wait")
+        mill.go.set()
+        assert await asyncio.gather(*asked) == ["old"] * 3
+        assert mill.runs == 2
+        await one.invalidate(tags=["a"])
+        with pytest.raises(LookupError):
+            await asking(one, mill, "mill")
+        await pond.settled()
 
 
 LEAVING: dict[str, tuple[dict[str, Any], type[BaseException]]] = {
@@ -408,11 +450,12 @@ async def test_every_script_of_a_lost_lease_says_so_and_writes_nothing(pond: Pon
         pond.redis.hset(names.flight(key), "token", "another")
         before = pond.keyspace()
         ours = [names.flight(key), names.waiters(key, "mine"), names.outcome(key, "mine")]
+        failing = [*ours, names.entry(key), names.tags]
         landing = [names.entry(key), *ours, names.tags, names.landed, names.invalidations]
         args: list[Any] = [key, "mine", "0-0", 1000, 0, 0, 1000, "{}", "1", 1000, 1000, 1000, "", 0]
         execute = pond.redis.execute_command
         assert execute(*SCRIPTS["lead_renew"].call(ours[:1], ["mine", 99_000, 1])) == 0
-        assert execute(*SCRIPTS["lead_fail"].call(ours, ["mine", 1000, 1])) == [b"LOST"]
+        assert execute(*SCRIPTS["lead_fail"].call(failing, ["mine", 1000, 1, key, 1])) == [b"LOST"]
         assert execute(*SCRIPTS["lead_land"].call(landing, args)) == [b"LOST"]
         assert stored(pond.keyspace()) == stored(before)
         pond.redis.delete(names.flight(key))

@@ -119,7 +119,9 @@ class Race:
         k, token = NAMES, str(who.token)
         flight = [k.flight(K), k.waiters(K, token), k.outcome(K, token)]
         if self.end == "fail":
-            reply = self.call("lead_fail", flight, [token, 1000, who.lease_end_ms])
+            args = [token, 1000, who.lease_end_ms, K, 1]
+            reply = self.call("lead_fail", [*flight, k.entry(K), k.tags], args)
+            assert reply == self.call("lead_fail", [*flight, k.entry(K), k.tags], args), "said again, it is the same"
         else:
             args = [
                 K, token, who.epoch, LEASE_MS, 0, 0, LEASE_MS, "{}", who.name, 1000, 10, 1000, TAG, who.lease_end_ms,

@@ -11,7 +11,8 @@ from millpond import Found, InvalidRequest, MillpondError, Superseded, Unavailab
 from producers.values import decode, encode, split
 from shared.keys import PartitionKeys
 from tests import faults_support
-from tests.faults_support import Pond
+from tests.databases import Database
+from tests.faults_support import Pond, until
 from tests.proxy import Proxy
 
 pond = faults_support.pond
@@ -241,6 +242,25 @@ async def test_a_put_cut_after_it_ran_is_stored_once_more_and_returns(pond: Pond
         await client.put("retrieval", QUERY, "a value")
         assert proxy.cuts == 1
         assert (await client.get("retrieval", QUERY)).value == "a value"
+
+
+async def test_values_outlive_redis_in_postgresql(pond: Pond, database: Database) -> None:
+    pond.options |= {"database_url": database.url, "background_lease": 1.0}
+    async with pond.client() as client:
+        async with pond.working("lookup", "persistence"):
+            for name, value in VALUES.items():
+                await client.put("retrieval", {"of": name}, value, tags=["values"])
+            await client.get_or_compute("retrieval", "computed", lambda: b"flour", tags=["values"])
+            await until(lambda: not pond.length("landed"), "all are in PostgreSQL")
+        for entry in pond.found("{mp:*}:entry:*"):
+            pond.redis.delete(entry)
+        async with pond.working("lookup", l3_timeout=10.0):
+            found = [await client.get("retrieval", {"of": name}) for name in VALUES]
+            assert {one.tier for one in found} == {"l3"}
+            assert all(same(value, one.value) for value, one in zip(VALUES.values(), found, strict=True))
+            assert await client.get_or_compute("retrieval", "computed", lambda: b"another") == b"flour"
+            await client.invalidate(tags=["values"])
+            assert not await client.get("retrieval", {"of": "bytes"})
 
 
 async def test_a_put_without_a_server_says_so(pond: Pond) -> None:

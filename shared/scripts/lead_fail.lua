@@ -1,20 +1,29 @@
 -- lead_fail: end a computation an application leads, without a value; its waiters are told by the caller.
--- KEYS  1 flight:K, 2 waiters:K:T, 3 outcome:K:T
--- ARGV  1 T, 2 keep the outcome for (ms), 3 end of the lease (ms, server clock)
--- Returns {'LOST'} or {'failed', now (ms), waiters}; the same again when it is called again, with the first call's `now`.
+-- KEYS  1 flight:K, 2 waiters:K:T, 3 outcome:K:T, 4 entry:K, 5 tags
+-- ARGV  1 T, 2 keep the outcome for (ms), 3 end of the lease (ms, server clock), 4 K, 5 what is kept for errors may stand
+--       in (1|0)
+-- Returns {'LOST'} or {'failed', now (ms), waiters, the entry that stands in or ''}; the same again when it is called again,
+-- with the first call's `now`.
 -- Closes: one who was frozen past its lease ending the flight of who was elected after it (token), or telling those who
--- have asked again since (lease); a waiter who joins between the end and the replies (the flight is gone in the same step).
+-- have asked again since (lease); a waiter who joins between the end and the replies (the flight is gone in the same step);
+-- an entry that was invalidated standing in (epoch against markers, by the tags of all aboard).
 local done = redis.call('GET', KEYS[3])
 if done then
-  local reason, at = string.match(done, '^(%S+) (%d+)')
+  local reason, at, kept = string.match(done, '^(%S+) (%d+)\n(.*)$')
   if reason ~= 'failed' then return { 'LOST' } end
-  return { reason, tonumber(at), redis.call('LRANGE', KEYS[2], 0, -1) }
+  return { reason, tonumber(at), redis.call('LRANGE', KEYS[2], 0, -1), kept }
 end
-local now = now_ms()
-if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then
+local now, flight, kept = now_ms(), redis.call('HMGET', KEYS[1], 'token', 'tags'), ''
+if flight[1] == ARGV[1] then
+  local text = ARGV[5] == '1' and redis.call('GET', KEYS[4])
+  local entry = text and head(text)
+  if entry and entry.gone > now and not invalidated(KEYS[5], ARGV[4], entry.labels, entry.epoch)
+      and fit_for(KEYS[5], ARGV[4], lines(flight[2]), entry) then
+    kept = text
+  end
   redis.call('DEL', KEYS[1])
 elseif now >= tonumber(ARGV[3]) then
   return { 'LOST' }
 end
-redis.call('SET', KEYS[3], string.format('failed %d', now), 'PX', ARGV[2])
-return { 'failed', now, redis.call('LRANGE', KEYS[2], 0, -1) }
+redis.call('SET', KEYS[3], string.format('failed %d\n', now) .. kept, 'PX', ARGV[2])
+return { 'failed', now, redis.call('LRANGE', KEYS[2], 0, -1), kept }
