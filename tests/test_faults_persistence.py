@@ -78,10 +78,10 @@ async def locked(url: str, table: str) -> AsyncIterator[asyncpg.Connection]:
         await looking.close()
 
 
-async def wait_for_lock(connection: asyncpg.Connection, workers: int = 1) -> None:
-    """Wait until so many workers stand before the lock."""
+async def wait_for_lock(connection: asyncpg.Connection, then: str = "pid") -> None:
+    """Wait until a worker stands before the lock; `then` is what is asked of PostgreSQL for each that does."""
     deadline = time.monotonic() + 15
-    while await connection.fetchval(WAITING.format("count(*)")) < workers:
+    while not await connection.fetchval(WAITING.format(f"count({then})")):
         assert time.monotonic() < deadline, "nobody waits for the lock"
         await asyncio.sleep(0.01)
 
@@ -158,16 +158,15 @@ async def test_a_backend_terminated_in_the_middle_of_a_batch_costs_a_repetition(
         async with locked(database.url, table) as ours:
             load(pond)
             for _ in range(3):
-                await wait_for_lock(ours)
-                assert await ours.fetchval(WAITING.format("count(pg_terminate_backend(pid, 5000))"))
+                await wait_for_lock(ours, "pg_terminate_backend(pid, 5000)")
         await whole(pond, database.url)
 
 
-async def test_while_postgresql_is_slow_it_keeps_its_lease(pond: Pond, database: Any, partitions: int) -> None:
+async def test_while_postgresql_is_slow_it_keeps_its_lease(pond: Pond, database: Any) -> None:
     async with pond.process("persistence", database_url=database.url) as slow:
         async with locked(database.url, "answers") as ours:
             load(pond)
-            await wait_for_lock(ours, partitions)
+            await wait_for_lock(ours)
             held = held_by(pond, "landed", slow.name)
             assert set(held.values()) == {1}
             async with pond.working("persistence", database_url=database.url):
@@ -258,6 +257,7 @@ async def test_a_flushed_redis_leaves_what_was_written_and_it_goes_on(
     assert await count(database.url, "answers") == ANSWERS + 5
 
 
+@pytest.mark.every_postgresql
 async def test_a_session_frozen_in_the_middle_of_a_message_keeps_its_locks_for_a_lease(
     pond: Pond, database: Any
 ) -> None:

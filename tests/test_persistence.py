@@ -32,6 +32,7 @@ async def writing(pond: Pond, database: Any) -> AsyncIterator[None]:
         await until(lambda: is_written(pond), "everything is written")
 
 
+@pytest.mark.every_postgresql
 async def test_an_answer_lands_with_every_field_of_its_envelope(pond: Pond, database: Any) -> None:
     async with writing(pond, database):
         land(pond, 1, prompt=orjson.dumps({"messages": [{"role": "user", "content": "a\0b"}]}))
@@ -111,6 +112,7 @@ async def test_what_began_before_the_pruned_horizon_is_dropped(pond: Pond, datab
     assert await count(database.url, "calls") == 4, "what was spent was spent"
 
 
+@pytest.mark.every_postgresql
 async def test_hits_of_an_hour_add_up(pond: Pond, database: Any) -> None:
     async with writing(pond, database):
         touch(pond, 3, keys=[1, 2], experiment="e", variant="v")
@@ -158,6 +160,7 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.every_postgresql
 async def test_bad_messages_are_buried_at_once_and_keep_nothing_from_the_table(pond: Pond, database: Any) -> None:
     for number, (fields, _) in enumerate(SPOILT.values()):
         land(pond, number)
