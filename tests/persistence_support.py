@@ -122,8 +122,11 @@ def owners(pond: Pond, stream: str) -> set[str]:
 
 def held_by(pond: Pond, stream: str, name: str) -> dict[bytes, int]:
     """Return the messages of one kind of stream that a consumer holds, and how often each was delivered."""
-    return {
-        one["message_id"]: int(one["times_delivered"])
-        for one in _pending(pond, stream)
-        if one["consumer"].decode() == name
-    }
+    held = [one for one in _pending(pond, stream) if one["consumer"].decode() == name]
+    return {one["message_id"]: int(one["times_delivered"]) for one in held}
+
+
+def idle(pond: Pond, stream: str, name: str) -> list[float]:
+    """Return for how long (seconds) nothing was heard of each message that a consumer holds."""
+    held = [one for one in _pending(pond, stream) if one["consumer"].decode() == name]
+    return [one["time_since_delivered"] / 1000 for one in held]

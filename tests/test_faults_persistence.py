@@ -19,6 +19,7 @@ from tests.persistence_support import (
     count,
     entry_of,
     held_by,
+    idle,
     is_written,
     land,
     owners,
@@ -29,6 +30,7 @@ from tests.persistence_support import (
 pond = faults_support.pond
 
 ANSWERS, REPORTS = 60, 20
+LEASE = 0.6
 POINTS = ["persistence_after_read", "persistence_after_commit", "persistence_after_ack"]
 #: The persistence workers' connections that stand before a lock.
 WAITING = """SELECT {} FROM pg_stat_activity
@@ -38,7 +40,7 @@ WAITING = """SELECT {} FROM pg_stat_activity
 @pytest.fixture(autouse=True)
 def quick(request: pytest.FixtureRequest) -> None:
     """Leases short enough that a fault, its lease and its recovery fit into two seconds."""
-    request.getfixturevalue("pond").options |= {"background_lease": 0.6, "drain_timeout": 0.5}
+    request.getfixturevalue("pond").options |= {"background_lease": LEASE, "drain_timeout": 0.5}
 
 
 def load(pond: Pond, *, first: int = 0) -> None:
@@ -169,9 +171,9 @@ async def test_while_postgresql_is_slow_it_keeps_its_lease(pond: Pond, database:
             await wait_for_lock(ours)
             held = held_by(pond, "landed", slow.name)
             assert set(held.values()) == {1}
-            async with pond.working("persistence", database_url=database.url):
-                await asyncio.sleep(4 * 0.6)  # several leases, in which the other would take over what is not renewed
-                assert held_by(pond, "landed", slow.name) == held
+            await asyncio.sleep(3 * LEASE)
+            assert held_by(pond, "landed", slow.name) == held
+            assert max(idle(pond, "landed", slow.name)) < LEASE, "nobody could take them over"
         await whole(pond, database.url)
     assert pond.stat("leases_lost") == 0
 
@@ -193,6 +195,25 @@ async def test_a_database_that_goes_down_under_load_gets_everything_when_it_is_b
         await whole(pond, own_database.url, times=6)
         assert worker.errors.count("PostgreSQL is away") == 1
         await until(lambda: worker.errors.count("PostgreSQL is back") == 1, "it says so")
+
+
+async def test_killed_again_and_again_while_the_database_is_down_no_message_is_blamed(
+    pond: Pond, own_database: Any
+) -> None:
+    pond.options |= {"max_deliveries": 2}
+    load(pond)
+    fault = "kill@persistence_after_read"
+    async with pond.process("persistence", fault=fault, ready=False, database_url=own_database.url) as victim:
+        assert await asyncio.to_thread(victim.wait) == -9
+    own_database.kill()
+    for _ in range(2):
+        async with pond.process("persistence", database_url=own_database.url) as victim:
+            await until(lambda: "PostgreSQL is away" in victim.errors, "it has noticed")
+            await asyncio.sleep(2 * LEASE)  # in which it could take over what the first one left
+            victim.sigkill()
+    await asyncio.to_thread(own_database.restart)
+    async with pond.working("persistence", database_url=own_database.url):
+        await whole(pond, own_database.url)
 
 
 async def test_stopped_while_the_database_is_down_it_hands_back_what_it_holds(
