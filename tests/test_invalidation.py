@@ -14,6 +14,7 @@ from producers.invalidation import Invalidation
 from producers.reply import Reply
 from shared.errors import InvalidRequest, Unavailable
 from tests import faults_support
+from tests.databases import Database
 from tests.faults_support import Pond, answers, until
 
 pond = faults_support.pond
@@ -225,3 +226,25 @@ async def test_a_trimmed_log_costs_an_l1_but_no_coherence(pond: Pond) -> None:
         assert (await client.ask("q")).tier == "l2"
         await client.invalidate(tags=["a"])
         assert (await client.ask("q")).tier == "llm"
+
+
+async def test_a_model_declared_anew_is_asked_anew_at_once(pond: Pond, partitions: int, database: Database) -> None:
+    pond.options |= FAST | {"database_url": database.url}
+    async with pond.working("lookup", "llm", "persistence"), pond.client() as client:
+        old = await client.ask("q", model="m-1")
+        other = await client.ask("q", model="m-2")
+        assert (await client.ask("q", model="m-1")).tier in CACHED
+        await until(lambda: not pond.length("landed"), "both are persisted")
+    pond.options |= {"model_versions": {"m-1": "2026-11"}}
+    async with pond.working("lookup", "llm", "persistence"), pond.client() as client:
+        new = await client.ask("q", model="m-1")
+        assert (new.tier, new.key == old.key) == ("llm", False)
+        assert (await client.ask("q", model="m-1")).tier in CACHED
+        again = await client.ask("q", model="m-2")
+        assert (again.tier in CACHED, again.key) == (True, other.key)
+        # An old worker that still runs answers from what it knows; whatever either stored goes by the model's name.
+        await until(lambda: not pond.length("landed"), "the new one is persisted")
+        async with pond.working("invalidation"):
+            gone = await client.invalidate(model="m-1", wait=20.0)
+    assert gone.l3 == 2
+    assert [row["model"] for row in await database.fetch("SELECT model FROM answers")] == ["m-2"]

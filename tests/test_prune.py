@@ -247,5 +247,33 @@ async def test_a_pruning_frozen_anywhere_takes_no_marker_that_moved_meanwhile(
             await stock.worked_off()
 
 
+async def test_a_persistence_worker_frozen_before_a_pruning_brings_nothing_back(
+    pond: Pond, partitions: int, database: Database
+) -> None:
+    """What it read is void by the time it wakes; the marker that said so is gone, the floor is not."""
+    pond.options |= {"database_url": database.url, "background_lease": 1.0, "simulated_first_token": 0.0}
+    async with (
+        pond.process("persistence", fault="stop@persistence_after_read") as zombie,
+        pond.working("lookup", "llm"),
+        pond.client() as client,
+    ):
+        asked = await client.ask("q", tags=["a"])
+        await asyncio.to_thread(zombie.await_stopped)
+        async with pond.working("persistence"):  # takes over what the frozen one holds
+            await until(lambda: not pond.length("landed"), "it is persisted by another")
+        await client.invalidate(tags=["a"])
+        async with pond.working("invalidation", marker_age=0.2):
+            await until(lambda: not any(pond.redis.hexists(k.tags, "a") for k in pond.all_names()), "it is pruned")
+        assert await database.fetch("SELECT FROM answers") == []
+        zombie.sigcont()
+        await client.ask("another")
+        await until(lambda: not pond.length("landed"), "it is at work again")
+        assert await asyncio.to_thread(zombie.terminate) == 0
+        keys = [row["key"].hex() for row in await database.fetch("SELECT key FROM answers")]
+        assert asked.key not in keys
+        assert len(keys) == 1
+        assert (await client.ask("q", tags=["a"])).tier == "llm"
+
+
 async def has_moved(at: Tools, fence: bytes | None) -> bool:
     return await at.fence() != fence
