@@ -44,6 +44,17 @@ class Stock(Shelf):
         where = self.names(number).partition
         await self.database.fetch(_ROW, bytes.fromhex(key(number)), where, ms, seq, labels, len(text), text)
 
+    async def clear(self) -> None:
+        """Take everything away."""
+        if names := self.pond.found("{mp:*}:entry:*"):
+            self.redis.unlink(*names)
+        await self.database.fetch("DELETE FROM answers")
+
+    def newest(self, number: int) -> str:
+        """Return the newest invalidation of that answer's partition."""
+        found: bytes = self.redis.hget(self.names(number).tags, "#last")
+        return found.decode()
+
     def left_in_l2(self) -> set[int]:
         """Return which answers Redis still holds."""
         return {int(name.rpartition(b":")[2][:8], 16) for name in self.pond.found("{mp:*}:entry:*")}

@@ -75,6 +75,7 @@ async def test_a_worker_frozen_past_its_lease_does_no_harm_when_it_wakes(
     assert sum(row["l3"] for row in after) == len(GONE) or point != "invalidation_after_l2"
 
 
+@pytest.mark.parametrize("partitions", [4])
 async def test_while_postgresql_is_away_l2_is_swept_and_l3_follows(
     pond: Pond, partitions: int, own_database: EmbeddedPostgres
 ) -> None:
@@ -109,6 +110,7 @@ async def test_sessions_ended_in_the_middle_are_begun_again(pond: Pond, stock: S
     assert await stock.left() == set()
 
 
+@pytest.mark.parametrize("partitions", [4])
 async def test_after_a_flush_l3_is_swept_for_what_is_known_again(pond: Pond, partitions: int, stock: Stock) -> None:
     async with pond.working("invalidation"), pond.client() as client:
         await forget(client, tags=["x"])

@@ -113,6 +113,7 @@ HOLES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 @pytest.mark.leaves("ends in the middle of things")
+@pytest.mark.parametrize("server_kind", conftest._kinds()[:1], indirect=True)
 @pytest.mark.parametrize("hole", HOLES)
 async def test_a_hole_is_found(
     server: conftest.Server,

@@ -247,6 +247,7 @@ async def test_a_pruning_frozen_anywhere_takes_no_marker_that_moved_meanwhile(
             await stock.worked_off()
 
 
+@pytest.mark.parametrize("partitions", [4])
 async def test_a_persistence_worker_frozen_before_a_pruning_brings_nothing_back(
     pond: Pond, partitions: int, database: Database
 ) -> None:

@@ -22,14 +22,14 @@ local function named(key, labels)
   return false
 end
 
-local hits = {}
+local hits, last = {}, redis.call('HGET', KEYS[1], '#last')
 for i = 2, #KEYS do
   local text = redis.call('GETRANGE', KEYS[i], 0, HEAD - 1)
   local entry = head(text)
   if not entry and #text == HEAD then entry = head(redis.call('GET', KEYS[i])) end
   if entry then
     local key = string.match(KEYS[i], '([^:]+)$')
-    local void = invalidated(KEYS[1], key, entry.labels, entry.epoch)
+    local void = last and newer(last, entry.epoch) and invalidated(KEYS[1], key, entry.labels, entry.epoch)
     if void and not find then redis.call('UNLINK', KEYS[i]) end
     if find and not void and named(key, entry.labels) or void and not find then
       hits[#hits + 1] = i - 1
