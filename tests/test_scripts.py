@@ -386,6 +386,64 @@ def test_an_error_leaves_the_stored_answer_alone(pond: Pond) -> None:
     assert pond.run("GET", K.entry(KEY)) == entry
 
 
+def _placate(pond: Pond, fill: bytes, told: int = 0) -> Any:
+    names = [K.fills, K.flight(KEY), K.waiters(KEY, "t"), K.entry(KEY), K.tags]
+    return pond.script("placate", names, "llm", "l", fill, "t", KEY, told)
+
+
+def test_who_waits_may_have_what_is_stored_and_nobody_twice(pond: Pond) -> None:
+    fill = pond.fly(mode="refresh")
+    entry = pond.store("0-0", "a")
+    assert _placate(pond, fill)[3] == entry
+    assert _placate(pond, fill, told=1) == [b"NONE"]
+    pond.join(pond.request(), "c r2", mode="refresh")
+    ((waiter,),) = (_placate(pond, fill, told=1)[2],)
+    assert waiter.startswith(b"c r2 3 ")
+
+
+@pytest.mark.parametrize("why", ["gone", "invalidated", "foreign tag", "replaced", "many-tags"])
+def test_what_may_not_be_told_placates_nobody(pond: Pond, why: str) -> None:
+    fill = pond.fly(mode="refresh", tags="a\nb")
+    pond.store("0-0", "a", expires=1 if why == "gone" else FOREVER)
+    if why in ("invalidated", "foreign tag"):
+        pond.invalidate("a" if why == "invalidated" else "b")
+    elif why != "gone":
+        field, value = ("token", "u") if why == "replaced" else ("store", why)
+        pond.run("HSET", K.flight(KEY), field, value)
+    assert _placate(pond, fill) == [b"NONE"]
+    assert pond.fail(fill)[3].startswith(b"failed\n")
+
+
+def test_who_lost_the_lease_placates_nobody(pond: Pond) -> None:
+    fill = pond.fly(mode="refresh")
+    pond.store("0-0", "a")
+    pond.run("XCLAIM", K.fills, "llm", "another", 0, fill)
+    assert _placate(pond, fill) == [b"LOST"]
+
+
+def test_failures_in_a_row_are_told_for_longer_each_time_and_never_beyond_a_minute(pond: Pond) -> None:
+    spans = []
+    for failures in range(1, 9):
+        token = f"t{failures}"
+        pond.fail(pond.fly(token, mode="refresh"), flight=token, negative_ms=1000)
+        line, error = pond.run("GET", K.failed(KEY)).split(b"\n")
+        until, count = map(int, line.split())
+        seconds, micros = pond.run("TIME")
+        spans.append(round((until - seconds * 1000 - micros / 1000) / 1000))
+        assert (count, orjson.loads(error)) == (failures, {"code": "x"})
+        assert pond.run("PTTL", K.failed(KEY)) > spans[-1] * 5000
+    assert spans == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_a_flight_that_made_no_call_tells_the_durable_tier_nothing(pond: Pond) -> None:
+    pond.run("XGROUP", "CREATE", K.landed, "persistence", "0", "MKSTREAM")
+    pond.fail(pond.fly(), call="")
+    assert pond.run("XLEN", K.landed) == 0
+    pond.fail(pond.fly("u"), flight="u", call="{}")
+    ((_, fields),) = _raw(pond, K.landed)
+    assert fields == [b"key", KEY.encode(), b"outcome", b"x", b"call", b"{}"]
+
+
 def test_every_script_says_what_it_takes_returns_and_closes() -> None:
     for script in SCRIPTS.values():
         header = script.source.rpartition("\n-- " + script.name + ":")[2]

@@ -9,11 +9,12 @@ import orjson
 
 from shared.entry import Entry, framed, payload, tail_of, unpack
 from shared.errors import from_wire
+from shared.profiles import DEFAULT_PROFILE
 from shared.providers.chain import Attempt
 from workers.consumer import Message
 from workers.outbox import error_payload
 
-_ABOUT = ("profile", "tenant", "experiment", "variant")
+_ABOUT = {"profile": DEFAULT_PROFILE, "tenant": "default", "experiment": None, "variant": None}
 
 
 class LeaseLost(Exception):
@@ -71,7 +72,7 @@ class Fill:
             soft_timeout_ms=int(spec.get("soft_timeout_ms") or 0),
             negative_ms=int(spec.get("negative_ms", 0)),
             mode=str(spec.get("mode", "default")),
-            about={name: spec.get(name) for name in _ABOUT},
+            about={name: spec.get(name, default) for name, default in _ABOUT.items()},
         )
 
 

@@ -22,7 +22,6 @@ from shared.entry import Unreadable
 from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError
 from shared.faults import fault_point
 from shared.keys import PartitionKeys
-from shared.profiles import DEFAULT_PROFILE
 from shared.providers.breaker import Breaker
 from shared.providers.chain import Answered, Chains, ask
 from shared.providers.limits import RateLimits
@@ -268,7 +267,7 @@ class LLMConsumer(Consumer):
 
     async def _ask(self, fill: Fill, progress: Progress) -> Answered:
         body: dict[str, Any] = {"model": fill.model, **orjson.loads(fill.body)}
-        routes = self.chains.of(fill.about["profile"] or DEFAULT_PROFILE)
+        routes = self.chains.of(fill.about["profile"])
         attempts = progress.attempts
         try:
             return await ask(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.messages import Kind
-from shared.profiles import DEFAULT_PROFILE
 from shared.touches import Touches
 from workers.flight import Fill, Outcome
 from workers.outbox import JOINED, STRICT
@@ -50,8 +49,8 @@ class Tally:
     ) -> None:
         about, entry = fill.about, outcome.spare
         kind = Kind(
-            about["profile"] or DEFAULT_PROFILE,
-            about["tenant"] or "default",
+            about["profile"],
+            about["tenant"],
             fill.model,
             about["experiment"],
             about["variant"],
