@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -17,12 +18,14 @@ from shared import keys
 from shared.embedded import EmbeddedRedis
 from shared.errors import Unavailable
 from shared.keys import PartitionKeys
+from shared.link import Link
 from shared.settings import Settings
 from tests import faults_support
-from tests.command_line import run_json
+from tests.command_line import await_that, run_json
 from tests.conftest import Server
 from tests.faults_support import Pond, Raw, until
-from workers import housekeeping, memory, schedule
+from tests.processes import start_worker
+from workers import housekeeping, memory, orphans, schedule
 from workers.crew import Crew
 from workers.desk import Desk, Result
 from workers.jobs import JOBS, Job, perform
@@ -143,6 +146,36 @@ async def test_the_schedule_goes_on_after_redis_was_restarted(
         await until(lambda: ran, "a tick was run after the restart", timeout=30)
 
 
+def test_when_a_schedule_worker_is_killed_the_other_goes_on(server: Server) -> None:
+    with (
+        start_worker("schedule", server.url, l3=False) as first,
+        start_worker("schedule", server.url, l3=False) as second,
+    ):
+        first.sigkill()
+        killed = datetime.now(UTC)
+        with server.connect() as redis:
+
+            def run_since() -> bool:
+                record = redis.get(keys.schedule("memory"))
+                return record is not None and datetime.fromisoformat(orjson.loads(record)["at"]) > killed
+
+            await_that(run_since, seconds=20)
+        assert second.terminate() == 0, second.report()
+
+
+def test_a_worker_touches_its_heartbeat_file_while_it_reaches_redis(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "alive"
+    with start_worker("lookup", server.url, heartbeat_file=file) as worker:
+        await_that(file.exists)
+        before = file.stat().st_mtime_ns
+        await_that(lambda: file.stat().st_mtime_ns > before)
+        worker.sigstop()
+        frozen = file.stat().st_mtime_ns
+        worker.sigcont()
+        await_that(lambda: file.stat().st_mtime_ns > frozen)
+        assert worker.terminate() == 0
+
+
 async def test_a_stopped_worker_lets_its_job_finish(settings: Callable[..., Settings], server: Server) -> None:
     began, goes_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -259,6 +292,28 @@ async def test_a_flight_that_an_application_leads_has_no_fill_and_is_left_alone(
         assert await _audit(pond) == {"flights": 1, "flights_ended": 0, "waiters_told": 0}
         pond.redis.delete(pond.names("Led?").flight(pond.key("Led?")))  # as if its lease had run out
         assert await _audit(pond) == {"flights": 0, "flights_ended": 0, "waiters_told": 0}
+
+
+async def test_a_refresh_that_becomes_a_fill_while_the_audit_looks_is_met(
+    pond: Pond, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, read = PartitionKeys(0), orphans._tokens
+    pond.redis.hset(names.flight("k"), mapping={"token": "t"})
+    pond.redis.pexpire(names.flight("k"), 60_000)
+    pond.redis.xadd(names.refreshes, {"key": "k", "token": "t"})
+    looks: list[set[str]] = []
+
+    async def read_then_move(link: Link, stream: str) -> set[str]:
+        looks.append(await read(link, stream))
+        if len(looks) == 1:  # as join moves it, for somebody who waits now
+            pond.redis.delete(names.refreshes)
+            pond.redis.xadd(names.fills, {"key": "k", "token": "t"})
+        return looks[-1]
+
+    monkeypatch.setattr(orphans, "_tokens", read_then_move)
+    assert (await _audit(pond))["flights_ended"] == 0
+    pond.redis.delete(names.fills)
+    assert (await _audit(pond))["flights_ended"] == 1
 
 
 # consumers

@@ -134,26 +134,28 @@ async def _keep_times(desk: Desk, stop: asyncio.Event, ready: Callable[[], None]
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({main, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        timekeeper.allow_pick_jobs = False
-        if not main.done() and timekeeper.tasks:
-            await asyncio.wait(timekeeper.tasks.values(), timeout=desk.settings.drain_timeout)
+        # Asked to end in its own time, after its jobs: cancelled, arq may lose a step, and redis-py the cancellation.
+        timekeeper.burst, timekeeper.max_burst_jobs = True, 0
+        await asyncio.wait({main}, timeout=desk.settings.drain_timeout + 2 * _POLL)
     finally:
-        await _end(timekeeper, main, stopping)
+        stopping.cancel()
+        await _end(timekeeper, main)
         await redis.aclose(close_connection_pool=True)
     if not main.cancelled() and (error := main.exception()) is not None:
         raise error
 
 
-async def _end(timekeeper: Worker, *loops: asyncio.Task[Any]) -> None:
+async def _end(timekeeper: Worker, main: asyncio.Task[None]) -> None:
     # The jobs are cancelled and not the tasks around them, which then still tell Redis: that step is shielded, and
     # would be left to itself.
     for job in timekeeper.job_tasks.values():
         job.cancel()
-    if timekeeper.tasks:
-        await asyncio.wait(timekeeper.tasks.values(), timeout=_SOCKET_TIMEOUT + 2)
-    ending = [*loops, *timekeeper.tasks.values()]
-    for task in ending:
-        task.cancel()
+    ending = {main, *timekeeper.tasks.values()}
+    await asyncio.wait(ending, timeout=_SOCKET_TIMEOUT + 2)
+    while waiting := [task for task in ending if not task.done()]:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=_POLL)
     await asyncio.gather(*ending, return_exceptions=True)
 
 
