@@ -220,6 +220,8 @@ class Connection:
             raise
         finally:
             expiry.cancel()
+            if outgoing.knock is not None:
+                outgoing.knock.cancel()
             self._waiting.pop(request_id, None)
             if future.cancelled() or not future.done():
                 outgoing.withdrawn = True
@@ -243,7 +245,8 @@ class Connection:
             self._knock_later(outgoing)
 
     def _knock_later(self, outgoing: Outgoing) -> None:
-        self._loop.call_later(self._settings.compute_lease * random.uniform(1.0, 1.2), self._knock, outgoing)
+        wait = self._settings.compute_lease * random.uniform(1.0, 1.2)
+        outgoing.knock = self._loop.call_later(wait, self._knock, outgoing)
 
     def _deliver(self, request_id: str, payload: bytes) -> None:
         if payload.startswith(_AGAIN):
@@ -252,7 +255,7 @@ class Connection:
             return
         outgoing = self._waiting.pop(request_id, None)
         if payload.startswith(_LEAD):
-            self._elect(Grant.read(payload), outgoing)
+            self._elect(payload, outgoing)
         elif outgoing is None or outgoing.future.done():
             return  # told before, expired, or cancelled
         elif payload.startswith(_ERROR):
@@ -263,7 +266,11 @@ class Connection:
                 self._fallback.remember(reply, outgoing.clock)
             outgoing.future.set_result(reply)
 
-    def _elect(self, grant: Grant, outgoing: Outgoing | None) -> None:
+    def _elect(self, payload: bytes, outgoing: Outgoing | None) -> None:
+        try:
+            grant = Grant.read(payload)
+        except (ValueError, KeyError, TypeError):  # written by other hands
+            return
         flight = grant.key, grant.token  # tokens are told apart within a partition only
         if flight in self._elected:
             return

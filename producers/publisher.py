@@ -33,6 +33,8 @@ class Outgoing:
     future: asyncio.Future[Any]
     #: whether who asks computes a miss itself
     lead: bool = False
+    #: when it is published again, if whoever computes it has died
+    knock: asyncio.TimerHandle | None = None
     #: sent before, on a connection that was cut
     repeated: bool = False
     #: answered otherwise meanwhile: not to be published any more

@@ -466,6 +466,13 @@ async def test_every_script_of_a_lost_lease_says_so_and_writes_nothing(pond: Pon
         assert not await client.get(PROFILE, ARGS), "it had lost its flight"
 
 
+async def test_a_strangers_election_on_its_channel_does_not_stop_a_client(pond: Pond) -> None:
+    async with pond.working("lookup"), pond.client() as client:
+        (channel,) = pond.found("mp:reply:*")
+        pond.redis.xadd(channel, {"a": '{"lead"', "b": '{"lead":{}}', "c": '{"lead":7}', "d": '{"again"'})
+        assert await client.get_or_compute(PROFILE, ARGS, lambda: 1) == 1
+
+
 async def test_without_a_server_it_says_so(pond: Pond) -> None:
     async with Proxy.to(pond.url) as proxy:
         proxy.refuse = True
