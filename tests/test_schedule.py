@@ -15,13 +15,14 @@ import orjson
 import pytest
 
 from shared import keys
+from shared.deployment import settle
 from shared.embedded import EmbeddedRedis
 from shared.errors import Unavailable
 from shared.keys import PartitionKeys
 from shared.link import Link
 from shared.settings import Settings
 from tests import faults_support
-from tests.command_line import await_that, run_json
+from tests.command_line import await_that, run, run_json
 from tests.conftest import Server
 from tests.faults_support import Pond, Raw, until
 from tests.processes import start_worker
@@ -361,3 +362,21 @@ def test_a_job_is_run_by_hand_and_listed_with_its_result(server: Server) -> None
     assert all(datetime.fromisoformat(one["next"]) > before for one in listed.values())
     refused = run_json("schedule", "run", "nonsense", url=server.url, status=2)
     assert refused["error"]["field"] == "name"
+
+
+async def test_the_doctor_tells_of_pressure_and_of_jobs_that_fail(
+    settings: Callable[..., Settings], server: Server
+) -> None:
+    async def bad(_: Desk) -> Result:
+        raise Unavailable("nobody is there")
+
+    async with at_desk(settings(memory_limit=1000)) as desk:
+        await settle(desk.link, 1)  # as every worker does
+        await perform(desk, JOBS["memory"], "hand")
+        await perform(desk, replace(JOBS["retention"], run=bad), "hand")
+    done = await asyncio.to_thread(run, "doctor", "--json", url=server.url, memory_limit=1000)
+    told = {one["subject"]: one for one in orjson.loads(done.stdout)["findings"]}
+    assert told["schedule"]["level"] == "warn"
+    assert "retention failed: nobody is there" in told["schedule"]["detail"]
+    assert told["memory"]["level"] == "warn"
+    assert "above it" in told["memory"]["detail"]
