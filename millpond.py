@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from producers.blocking import BlockingClient
     from producers.client import Client
+    from producers.invalidation import Invalidation
     from producers.reply import Reply
     from producers.store import Found, Info
     from shared.errors import (
@@ -49,6 +50,7 @@ __all__ = [
     "Found",
     "Info",
     "InvalidRequest",
+    "Invalidation",
     "MillpondError",
     "NotCached",
     "Overloaded",
@@ -67,6 +69,7 @@ __all__ = [
 _HOMES = {
     "BlockingClient": "producers.blocking",
     "Client": "producers.client",
+    "Invalidation": "producers.invalidation",
     "Found": "producers.store",
     "Info": "producers.store",
     "Reply": "producers.reply",

@@ -1,5 +1,6 @@
 from producers.blocking import BlockingClient as BlockingClient
 from producers.client import Client as Client
+from producers.invalidation import Invalidation as Invalidation
 from producers.reply import Reply as Reply
 from producers.store import Found as Found
 from producers.store import Info as Info
@@ -30,6 +31,7 @@ __all__ = [
     "Found",
     "Info",
     "InvalidRequest",
+    "Invalidation",
     "MillpondError",
     "NotCached",
     "Overloaded",

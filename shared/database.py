@@ -18,6 +18,7 @@ from shared.settings import Settings
 DATABASE_ERRORS: tuple[type[BaseException], ...] = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that broke at an awkward moment
     OSError,
     TimeoutError,
 )

@@ -78,6 +78,11 @@ class Process:
         """The consumer name of a worker that is ready."""
         return str(self.wait_for("ready")["name"])
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def wait_for(self, event: str, *, timeout: float = READY_TIMEOUT, component: str | None = None) -> dict[str, Any]:
         """Return the first line of that event; fail when the process ends or the time passes before it comes."""
         deadline = time.monotonic() + timeout

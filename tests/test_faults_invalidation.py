@@ -98,6 +98,21 @@ async def test_while_postgresql_is_away_l2_is_swept_and_l3_follows(
     assert pond.stat("dead") == 0
 
 
+async def test_what_landed_before_is_swept_although_it_is_written_later(pond: Pond, stock: Stock) -> None:
+    names = stock.names(0)
+    async with pond.working("invalidation"), pond.client() as client:
+        await forget(client, tags=["x"])
+        landed = pond.redis.xadd(names.landed, {"key": "late"})
+        found = await client.invalidate(tags=["a"], wait=1.5)
+        assert (found.complete, found.l2) == (False, len(GONE))
+        await eventually(lambda: only_left_in_l3(stock, set(ANSWERS) - GONE), "what is there is swept at once")
+        await stock.persist(99, "a")  # now persistence writes it
+        pond.redis.xdel(names.landed, landed)
+        await stock.worked_off()
+        assert await only_left_in_l3(stock, set(ANSWERS) - GONE)
+    assert sum(row["l3"] for row in await stock.audit()) == len(GONE) + 1
+
+
 async def test_sessions_ended_in_the_middle_are_begun_again(pond: Pond, stock: Stock) -> None:
     async with pond.working("invalidation"), pond.client() as client:
         for tag in ("x", "a", "y", "b"):

@@ -186,11 +186,14 @@ class Turmoil:
             await link.close()
             pool.terminate()
 
-    async def attacking(self, attacks: Sequence[Callable[[], Awaitable[None]]], every: float) -> None:
-        """Do harm, one after the other."""
+    async def attacking(
+        self, attacks: Sequence[Callable[[], Awaitable[None]]], every: float, check: Callable[[], None]
+    ) -> None:
+        """Do harm, one after the other; `check` before each."""
         while not self.done.is_set():
             await asyncio.sleep(every * (0.5 + self.chance.random()))
             if not self.done.is_set():
+                check()
                 await self.chance.choice(attacks)()
 
 
@@ -242,6 +245,11 @@ class Fleet:
         if self.turmoil.chance.random() < 0.5:
             await asyncio.to_thread(self.database.kill)
         await asyncio.to_thread(self.database.restart)
+
+    def healthy(self) -> None:
+        """Fail if a worker has ended by itself."""
+        for kind, process in self.processes:
+            assert process.running, f"a {kind} worker ended: {process.report()}"
 
     def close(self) -> None:
         """End them all."""

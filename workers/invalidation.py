@@ -28,7 +28,7 @@ from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from workers.consumer import Consumer, Message, messages_of
 from workers.crew import Crew
-from workers.prune import persisted, prune
+from workers.prune import caught_up, persisted, prune
 from workers.runtime import run_crew
 from workers.sweep import Answer, Epoch, LogEntry, Tally, epoch_of, find_l2, markers, sweep_l2, sweep_l3
 
@@ -40,8 +40,8 @@ _BACKOFF = (0.2, 10.0)
 #: More markers than this are pruned although they are young.
 _MANY_MARKERS = 50_000
 _YOUNG = 60.0
-#: Seconds a pruning waits for persistence before this worker turns to the log again, and until it tries anew.
-_PRUNE_PATIENCE = 1.0
+#: Seconds to wait for persistence before this worker turns to the log again, and tries anew later.
+_PATIENCE = 1.0
 
 #: A run that was repeated adds what it found still there: the sum is what was deleted in all.
 _AUDIT = """
@@ -256,8 +256,12 @@ class InvalidationConsumer(Consumer):
         try:
             pool = await self._pool()
             if pool is not None:
+                # What landed before and is written only now would outlive the sweep.
+                written = await self._all_written()
                 await self._sweep_l3(pool)
                 fault_point("invalidation_after_l3")
+                if not written:
+                    raise ConnectionError("persistence is behind")
         except DATABASE_ERRORS as error:
             await self._postpone(error)
         else:
@@ -276,6 +280,10 @@ class InvalidationConsumer(Consumer):
         for owed in fresh:
             owed.l2 += (found if owed.entry.inquiry else tally).counts[owed.entry.id]
             owed.swept_l2 = True
+
+    async def _all_written(self) -> bool:
+        newest = max((_order(i)[0] for i, owed in self._owed.items() if not owed.entry.inquiry), default=0)
+        return not newest or await caught_up(self.link, self.keys, newest, _PATIENCE)
 
     async def _sweep_l3(self, pool: Pool) -> None:
         for inquiry in (True, False):
@@ -370,7 +378,7 @@ class InvalidationConsumer(Consumer):
         age = min(self.settings.marker_age, _YOUNG) if many else self.settings.marker_age
         try:
             pool = await self._pool()
-            done = await prune(self.link, pool, self.keys, older_than=age, patience=_PRUNE_PATIENCE)
+            done = await prune(self.link, pool, self.keys, older_than=age, patience=_PATIENCE)
         except DATABASE_ERRORS as error:
             log.warning("%s: partition %d is pruned later (%r)", self.name, self.keys.partition, error)
         else:

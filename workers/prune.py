@@ -90,7 +90,7 @@ async def prune(
 
     (began_ms,) = await link.call(SCRIPTS["prune"].call([k.tags], ["begin", horizon]))
     fault_point("prune_after_begin")
-    if pool is not None and not await _caught_up(link, k, began_ms, patience):
+    if pool is not None and not await caught_up(link, k, began_ms, patience):
         return Pruned(partition, "waiting", horizon)
     l3 = None
     if pool is not None:
@@ -120,7 +120,8 @@ async def persisted(link: Link, k: PartitionKeys) -> bool:
     return any(keys.PERSISTENCE_GROUP.encode() in group for group in groups)
 
 
-async def _caught_up(link: Link, k: PartitionKeys, began_ms: int, patience: float) -> bool:
+async def caught_up(link: Link, k: PartitionKeys, began_ms: int, patience: float) -> bool:
+    """Wait up to `patience` seconds; say whether all that landed up to that moment has been written by persistence."""
     deadline, pause = time.monotonic() + patience, 0.02
     while True:
         first = await link.call(("XRANGE", k.landed, "-", "+", "COUNT", 1))
