@@ -153,20 +153,20 @@ MODULES = {
 }  # fmt: skip
 HERE = Path(__file__).parent.parent
 _CALL = re.compile(r"redis\.p?call\('([A-Z]+)'")
-_HELPER = re.compile(r"^local function (\w+)\(.*?^end$", re.M | re.S)
+_COMMON = re.compile(r"^local function (\w+)\(.*?^end$", re.M | re.S)
 
 
 def commands_of(script: str) -> set[str]:
-    """Return the commands a script may run, those of the helpers it calls included."""
-    helpers = {found[1]: found[0] for found in _HELPER.finditer((HERE / "shared/scripts/_common.lua").read_text())}
+    """Return the commands a script may run, those of the functions it calls included."""
+    functions = {found[1]: found[0] for found in _COMMON.finditer((HERE / "shared/scripts/_common.lua").read_text())}
     texts, seen = [(HERE / f"shared/scripts/{script}.lua").read_text()], set[str]()
     found: set[str] = set()
     while texts:
         text = texts.pop()
         found.update(_CALL.findall(text))
-        called = {name for name in helpers if re.search(rf"\b{name}\(", text)} - seen
+        called = {name for name in functions if re.search(rf"\b{name}\(", text)} - seen
         seen |= called
-        texts += [helpers[name] for name in called]
+        texts += [functions[name] for name in called]
     return {command.lower() for command in found}
 
 
