@@ -161,6 +161,18 @@ async def test_a_landing_is_only_acknowledged(pond: Pond, stock: Stock) -> None:
     assert await stock.audit() == []
 
 
+async def test_an_entry_written_by_other_hands_holds_up_nobody(pond: Pond, stock: Stock) -> None:
+    await fill(stock)
+    names = pond.all_names()[0]
+    async with pond.working("invalidation"), pond.client() as client:
+        strange = {"by": b"\xff\0", "tags": b"\0\nkey:short\nprefix:\n\xff\ndoc:2", "reason": b"\0"}
+        for said in (strange, {"count": b"\0", "by": b""}, {"what": "ever"}):
+            pond.redis.xadd(names.invalidations, said)
+        assert await forget(client, tags=["doc:1"]) == (2, 2)
+        await stock.worked_off()
+    assert 2 not in await stock.left_in_l3()
+
+
 async def test_what_the_log_lost_unseen_is_swept_all_the_same(pond: Pond, stock: Stock) -> None:
     """The log is trimmed past entries that no invalidation worker has read."""
     names = pond.all_names()[0]

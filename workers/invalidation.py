@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from asyncpg import Pool
@@ -26,11 +25,13 @@ from shared.keys import PartitionKeys
 from shared.link import LINK_ERRORS
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
+from workers import audit
+from workers.audit import Owed
 from workers.consumer import Consumer, Message, messages_of
 from workers.crew import Crew
 from workers.prune import caught_up, persisted, prune
 from workers.runtime import run_crew
-from workers.sweep import Answer, Epoch, LogEntry, Tally, epoch_of, find_l2, markers, sweep_l2, sweep_l3
+from workers.sweep import Answer, LogEntry, Tally, epoch_of, find_l2, markers, sweep_l2, sweep_l3
 
 log = logging.getLogger("millpond.worker")
 
@@ -42,20 +43,6 @@ _MANY_MARKERS = 50_000
 _YOUNG = 60.0
 #: Seconds to wait for persistence before this worker turns to the log again, and tries anew later.
 _PATIENCE = 1.0
-
-#: A run that was repeated adds what it found still there: the sum is what was deleted in all.
-_AUDIT = """
-INSERT INTO invalidations AS i (partition, id, at, by, reason, labels, dry_run, l2, l3)
-SELECT $1, id, to_timestamp(ms / 1000.0), by, nullif(reason, ''), string_to_array(labels, E'\\n'), dry_run, l2, l3
-FROM unnest($2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::bigint[], $9::bigint[])
-    AS new(id, ms, by, reason, labels, dry_run, l2, l3)
-ON CONFLICT (partition, id) DO UPDATE SET
-    l2 = EXCLUDED.l2 + CASE WHEN i.dry_run THEN 0 ELSE i.l2 END,
-    l3 = EXCLUDED.l3 + CASE WHEN i.dry_run THEN 0 ELSE i.l3 END
-RETURNING id, l2, l3
-"""
-
-_AUDITED = "SELECT id, labels FROM invalidations WHERE partition = $1 AND NOT dry_run ORDER BY at DESC LIMIT $2"
 
 
 class Database:
@@ -80,16 +67,6 @@ class Database:
             self._pool.terminate()
 
 
-@dataclass(slots=True)
-class _Owed:
-    """An entry of the log in hand, and what was deleted for it so far."""
-
-    entry: LogEntry
-    swept_l2: bool = False
-    l2: int = 0
-    l3: int = 0
-
-
 class InvalidationConsumer(Consumer):
     """Sweeps one partition."""
 
@@ -98,7 +75,7 @@ class InvalidationConsumer(Consumer):
     def __init__(self, crew: Crew, partition_keys: PartitionKeys, database: Database) -> None:
         super().__init__(crew, partition_keys)
         self._database = database
-        self._owed: dict[bytes, _Owed] = {}
+        self._owed: dict[bytes, Owed] = {}
         #: Entries may have left the log unseen, or with a worker that died: all that any marker voids is to be swept.
         self._all_of_l2 = self._all_of_l3 = True
         #: whatever left the log before this entry did so before all was swept
@@ -199,7 +176,7 @@ class InvalidationConsumer(Consumer):
             if entry.idle:
                 done.append(message.id)
             else:
-                self._owed[message.id] = _Owed(entry)
+                self._owed[message.id] = Owed(entry)
         if len(done) < len(messages):
             fault_point("invalidation_after_read")
         if done:
@@ -268,7 +245,7 @@ class InvalidationConsumer(Consumer):
             await self._tell(pool)
             self._pause = 0.0
 
-    async def _sweep_l2(self, fresh: Sequence[_Owed]) -> None:
+    async def _sweep_l2(self, fresh: Sequence[Owed]) -> None:
         entries = [owed.entry for owed in fresh]
         orders, inquiries = ([e for e in entries if e.inquiry == wanted] for wanted in (False, True))
         tally, found = Tally(orders, self._ahead_l2), Tally(inquiries)
@@ -300,10 +277,8 @@ class InvalidationConsumer(Consumer):
 
     async def _tell(self, pool: Pool | None) -> None:
         """Write the audit, tell who waits, acknowledge: in this order, so that a crash repeats and loses nothing."""
-        k, totals = self.keys, {}
-        if pool is not None:
-            for row in await pool.fetch(_AUDIT, k.partition, *_columns(list(self._owed.values()))):
-                totals[row["id"]] = row["l2"], row["l3"]
+        k, owing = self.keys, list(self._owed.values())
+        totals = {} if pool is None else await audit.write(pool, k.partition, owing)
         fault_point("invalidation_after_audit")
         telling: list[tuple[Any, ...]] = []
         for owed in self._owed.values():
@@ -333,18 +308,13 @@ class InvalidationConsumer(Consumer):
         try:
             if (pool := await self._pool()) is not None:
                 marks = [(label, epoch_of(at)) for label, at in (await markers(self.link, self.keys)).items()]
-                marks += await self._audited(pool)
+                marks += await audit.remembered(pool, self.keys.partition)
                 tally = Tally(())
                 await sweep_l3(pool, self.keys.partition, marks, tally)
                 self._ahead_l3 = tally.others
             self._all_of_l3 = False
         except DATABASE_ERRORS as error:
             await self._postpone(error)
-
-    async def _audited(self, pool: Pool) -> list[tuple[str, Epoch]]:
-        """Return what was invalidated by what PostgreSQL knows: Redis may have lost its markers, in a flush say."""
-        rows = await pool.fetch(_AUDITED, self.keys.partition, _BATCH)
-        return [(label, epoch_of(row["id"])) for row in rows for label in row["labels"]]
 
     async def _pool(self) -> Pool | None:
         """Return the pool; None where answers are not persisted.
@@ -392,20 +362,6 @@ def _last_delivered(group: list[Any]) -> bytes:
 
 def _order(message_id: bytes) -> tuple[int, int]:
     return epoch_of(message_id.decode())
-
-
-def _columns(owed: Sequence[_Owed]) -> tuple[list[Any], ...]:
-    entries = [one.entry for one in owed]
-    return (
-        [e.id for e in entries],
-        [epoch_of(e.id)[0] for e in entries],
-        [e.by for e in entries],
-        [e.reason for e in entries],
-        ["\n".join(e.labels) for e in entries],
-        [e.inquiry for e in entries],
-        [one.l2 for one in owed],
-        [one.l3 for one in owed],
-    )
 
 
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:

@@ -56,9 +56,10 @@ class LogEntry:
     def read(cls, entry_id: bytes, fields: Mapping[bytes, bytes]) -> LogEntry:
         """Read one; whatever cannot be read names nothing."""
         inquiry = b"tags" not in fields
-        labels = fields.get(b"count" if inquiry else b"tags", b"").decode(errors="replace").split("\n")
-        by, reason = (fields.get(name, b"").decode(errors="replace") for name in (b"by", b"reason"))
-        return cls(entry_id.decode(), tuple(filter(None, labels)), by, reason, inquiry)
+        names = (b"count" if inquiry else b"tags", b"by", b"reason")
+        # PostgreSQL knows no text with a zero byte; nor is there a label with one.
+        labels, by, reason = (fields.get(n, b"").decode(errors="replace").replace("\0", "\ufffd") for n in names)
+        return cls(entry_id.decode(), tuple(filter(None, labels.split("\n"))), by, reason, inquiry)
 
     @property
     def idle(self) -> bool:
@@ -84,7 +85,7 @@ class Tally:
             at = epoch_of(entry.id)
             self._ids[at] = entry.id
             for label in entry.labels:
-                if label.startswith(_PREFIX):
+                if label.startswith(_PREFIX) and label != _PREFIX:
                     self._prefixes.append((at, label[len(_PREFIX) :]))
                 else:
                     self._marks.setdefault(label, []).append(at)
