@@ -113,7 +113,7 @@ async def test_what_landed_before_is_swept_although_it_is_written_later(pond: Po
     assert sum(row["l3"] for row in await stock.audit()) == len(GONE) + 1
 
 
-async def test_sessions_ended_in_the_middle_are_begun_again(pond: Pond, stock: Stock) -> None:
+async def test_connections_ended_in_the_middle_are_begun_again(pond: Pond, stock: Stock) -> None:
     async with pond.working("invalidation"), pond.client() as client:
         for tag in ("x", "a", "y", "b"):
             waiting = asyncio.ensure_future(client.invalidate(tags=[tag], wait=20.0))
