@@ -13,14 +13,9 @@ if done then
   if reason ~= 'failed' then return { 'LOST' } end
   return { reason, tonumber(at), redis.call('LRANGE', KEYS[2], 0, -1), kept }
 end
-local now, flight, kept = now_ms(), redis.call('HMGET', KEYS[1], 'token', 'tags'), ''
-if flight[1] == ARGV[1] then
-  local text = ARGV[5] == '1' and redis.call('GET', KEYS[4])
-  local entry = text and head(text)
-  if entry and entry.gone > now and not invalidated(KEYS[5], ARGV[4], entry.labels, entry.epoch)
-      and fit_for(KEYS[5], ARGV[4], lines(flight[2]), entry) then
-    kept = text
-  end
+local now, kept = now_ms(), ''
+if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then
+  kept = ARGV[5] == '1' and spare(KEYS[4], KEYS[5], ARGV[4], KEYS[1], ARGV[1]) or ''
   redis.call('DEL', KEYS[1])
 elseif now >= tonumber(ARGV[3]) then
   return { 'LOST' }
