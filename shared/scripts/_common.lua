@@ -1,4 +1,4 @@
--- Prepended to every script. Pure helpers; touches no key of its own.
+-- Prepended to every script. Helpers; they touch no key they are not given.
 
 -- Whether stream id a is newer than stream id b.
 local function newer(a, b)
@@ -15,6 +15,18 @@ end
 local function owns(stream, group, consumer, id)
   local pending = redis.pcall('XPENDING', stream, group, id, id, 1, consumer)
   return pending.err == nil and #pending > 0
+end
+
+-- Which of the messages `ids` (in ascending order) `consumer` still owns.
+local function owned(stream, group, consumer, ids)
+  local asked, mine = {}, {}
+  for _, id in ipairs(ids) do asked[id] = true end
+  local pending = redis.pcall('XPENDING', stream, group, ids[1], ids[#ids], 10000, consumer)
+  if pending.err then return mine end
+  for _, entry in ipairs(pending) do
+    if asked[entry[1]] then mine[#mine + 1] = entry[1] end
+  end
+  return mine
 end
 
 -- Whether any of `labels` (or `all`, or the key's own tag, or a prefix of one) was invalidated after `epoch`.
@@ -117,6 +129,21 @@ local function spare(entry_key, tags_key, key, flight_key, token)
   if flight[1] ~= token or flight[3] == 'many-tags' then return nil end
   if invalidated(tags_key, key, entry.labels, entry.epoch) then return nil end
   return fit_for(tags_key, key, lines(flight[2]), entry) and text or nil
+end
+
+-- Tell whoever holds the replaced answer of `key` in L1: they follow this log and drop it; it may have left L2 before. No
+-- marker moves: nothing is invalidated.
+local function tell_replaced(log, limit, key)
+  redis.call('XADD', log, 'MAXLEN', '~', limit, '*', 'by', 'land', 'tags', 'key:' .. key)
+end
+
+-- Store a value an application computed, for `life` ms. Only what is on its way to the durable tier may leave Redis early,
+-- after its probation, and not while much is. (How long it has been, an application may not look: others' prompts lie there.)
+local function keep_value(entry_key, landed, most_waiting, key, text, life, probation)
+  local waiting = redis.call('XLEN', landed)
+  local told = waiting < tonumber(most_waiting)
+    and redis.call('XADD', landed, 'NOMKSTREAM', '*', 'key', key, 'outcome', 'stored', 'entry', text)
+  redis.call('SET', entry_key, text, 'PX', told and waiting < 1000 and math.min(life, tonumber(probation)) or life)
 end
 
 -- Let `key` live at least until `at_ms`; never shorten its life.

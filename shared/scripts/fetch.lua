@@ -1,7 +1,8 @@
 -- fetch: read L2 entries, strictly coherent with every invalidation acknowledged so far.
 -- KEYS  1 tags, then one entry per key
 -- ARGV  per key: cache key, the request's own tags (newline-joined)
--- Returns the fence (see rehydrate), then per key: the entry; 0 absent (or unfit for this request's tags); 1 invalidated, deleted; 2 unreadable, deleted.
+-- Returns the fence (see rehydrate), then per key: the entry; 0 absent (or unfit for this request's tags); 1 invalidated,
+--   deleted; 2 unreadable, deleted.
 -- An entry that may only serve when providers fail is absent here.
 -- Closes: entry and markers are judged in one step; no invalidation can slip between reading one and the other.
 local out, now = { redis.call('HGET', KEYS[1], '#fence') or '0' }, now_ms()

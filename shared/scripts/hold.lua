@@ -3,14 +3,7 @@
 -- ARGV  1 group, 2 consumer, then message ids in ascending order
 -- Returns how many it still held.
 -- Closes: an unchecked XCLAIM would steal back what another worker reclaimed. JUSTID: a renewal is not a delivery.
-local asked = {}
-for i = 3, #ARGV do asked[ARGV[i]] = true end
-local mine = {}
-local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[#ARGV], 10000, ARGV[2])
-if pending.err then return 0 end
-for _, entry in ipairs(pending) do
-  if asked[entry[1]] then mine[#mine + 1] = entry[1] end
-end
+local mine = owned(KEYS[1], ARGV[1], ARGV[2], { unpack(ARGV, 3) })
 if #mine == 0 then return 0 end
 local command = { 'XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0 }
 for _, id in ipairs(mine) do command[#command + 1] = id end

@@ -42,9 +42,7 @@ else
   if entry and newer(entry.epoch, epoch) then
     reason = 'superseded'
   elseif entry or flight[5] then
-    -- Whoever holds the replaced answer in L1 follows this log and drops it; it may have left L2 before. No marker moves:
-    -- nothing is invalidated.
-    redis.call('XADD', KEYS[8], 'MAXLEN', '~', ARGV[13], '*', 'by', 'land', 'tags', 'key:' .. key)
+    tell_replaced(KEYS[8], ARGV[13], key)
   end
 end
 -- Every call is told to the durable tier, a stored answer with it. Only what is on its way there may leave Redis early, and

@@ -4,10 +4,11 @@
 --       9 value, 10 log limit, 11 most answers waiting for PostgreSQL, 12 keep the outcome for (ms),
 --       13 the leader's tags (newline-joined), 14 end of the lease (ms, server clock)
 -- Returns {'LOST'} or {reason, now (ms), waiters, fresh until (ms)}; reason 'stored' or why it was not: 'overtaken'
---   (a newer flight replaced this one, whose lease lasts), 'invalidated', 'superseded', 'no-store', 'many-tags'. The same again when it is called again, with the first call's `now`.
+--   (a newer flight replaced this one, whose lease lasts), 'invalidated', 'superseded', 'no-store', 'many-tags'. The same
+--   again when it is called again, with the first call's `now`.
 -- Closes: one who was frozen past its lease storing over what was computed since (token), or telling those who have
--- asked again since (lease); a value computed from facts older than an invalidation (epoch against markers); a waiter who joins between the store and the replies (the flight is
--- gone in the same step, so he finds the entry or begins anew).
+-- asked again since (lease); a value computed from facts older than an invalidation (epoch against markers); a waiter who
+-- joins between the store and the replies (the flight is gone in the same step, so he finds the entry or begins anew).
 local key, token, epoch = ARGV[1], ARGV[2], ARGV[3]
 local done = redis.call('GET', KEYS[4])
 if done then
@@ -35,20 +36,12 @@ else
   if entry and newer(entry.epoch, epoch) then
     reason = 'superseded'
   elseif entry or flight[5] or stale > 0 then
-    -- Whoever holds the replaced answer in L1 follows this log and drops it; it may have left L2 before. No marker moves:
-    -- nothing is invalidated.
-    redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[10], '*', 'by', 'land', 'tags', 'key:' .. key)
+    tell_replaced(KEYS[7], ARGV[10], key)
   end
 end
 if reason == 'stored' then
   local text = compose(epoch, created, ttl, stale, err, labels, ARGV[8], ARGV[9])
-  -- Only what is on its way to the durable tier may leave Redis early, and not while much is. (How long it has been, an
-  -- application may not look: others' prompts lie there.)
-  local waiting = redis.call('XLEN', KEYS[6])
-  local told = waiting < tonumber(ARGV[11])
-    and redis.call('XADD', KEYS[6], 'NOMKSTREAM', '*', 'key', key, 'outcome', 'stored', 'entry', text)
-  local life = ttl + stale + err
-  redis.call('SET', KEYS[1], text, 'PX', told and waiting < 1000 and math.min(life, tonumber(ARGV[7])) or life)
+  keep_value(KEYS[1], KEYS[6], ARGV[11], key, text, ttl + stale + err, ARGV[7])
 end
 if current then redis.call('DEL', KEYS[2]) end
 redis.call('SET', KEYS[4], string.format('%s %d %d', reason, created, created + ttl), 'PX', ARGV[12])

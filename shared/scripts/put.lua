@@ -14,17 +14,8 @@ if pruned(KEYS[2], epoch) or invalidated(KEYS[2], key, labels, epoch) then retur
 local present = redis.call('GET', KEYS[1])
 local entry = present and head(present)
 if entry and newer(entry.epoch, epoch) then return 'superseded' end
--- Whoever holds the replaced value in L1 follows this log and drops it; it may have left L2 before. No marker moves:
--- nothing is invalidated.
-redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[10], '*', 'by', 'land', 'tags', 'key:' .. key)
-
+tell_replaced(KEYS[4], ARGV[10], key)
 local ttl, stale, err = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local text = compose(epoch, now_ms(), ttl, stale, err, labels, ARGV[8], ARGV[9])
--- Only what is on its way to the durable tier may leave Redis early, and not while much is. (How long it has been, an
--- application may not look: others' prompts lie there.)
-local waiting = redis.call('XLEN', KEYS[3])
-local told = waiting < tonumber(ARGV[11])
-  and redis.call('XADD', KEYS[3], 'NOMKSTREAM', '*', 'key', key, 'outcome', 'stored', 'entry', text)
-local life = ttl + stale + err
-redis.call('SET', KEYS[1], text, 'PX', told and waiting < 1000 and math.min(life, tonumber(ARGV[7])) or life)
+keep_value(KEYS[1], KEYS[3], ARGV[11], key, text, ttl + stale + err, ARGV[7])
 return 'stored'
