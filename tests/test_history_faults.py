@@ -61,11 +61,12 @@ async def test_nothing_old_is_answered_whatever_befalls_the_deployment(
                 fleet.restart_database,
             ]  # fmt: skip
             async with users(turmoil, askers=6, every=0.15) as tasks:
-                attack = asyncio.create_task(turmoil.attacking(attacks, 0.8, fleet.healthy))
+                attack = asyncio.create_task(turmoil.attacking(attacks, 0.8, fleet.revive))
                 pruning = asyncio.create_task(turmoil.pruning(own_database.url))
                 await for_seconds(SECONDS, attack, pruning, *tasks)
                 turmoil.done.set()
                 await asyncio.gather(attack, pruning)
+                await fleet.revive()
             await finish(turmoil)
         finally:
             fleet.close()

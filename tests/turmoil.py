@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from producers.client import Client
+from shared.console import UNAVAILABLE
 from shared.database import DATABASE_ERRORS, connect_pool
 from shared.embedded import EmbeddedRedis
 from shared.errors import MillpondError, Superseded, Unavailable
@@ -187,13 +189,16 @@ class Turmoil:
             pool.terminate()
 
     async def attacking(
-        self, attacks: Sequence[Callable[[], Awaitable[None]]], every: float, check: Callable[[], None]
+        self,
+        attacks: Sequence[Callable[[], Awaitable[None]]],
+        every: float,
+        revive: Callable[[], Awaitable[None]],
     ) -> None:
-        """Do harm, one after the other; `check` before each."""
+        """Do harm, one after the other; `revive` before each."""
         while not self.done.is_set():
             await asyncio.sleep(every * (0.5 + self.chance.random()))
             if not self.done.is_set():
-                check()
+                await revive()
                 await self.chance.choice(attacks)()
 
 
@@ -229,9 +234,10 @@ class Fleet:
         """SIGSTOP one for longer than its lease."""
         kind, process = self.turmoil.chance.choice(self.processes)
         self.turmoil.attacks.append(f"freeze {kind}")
-        await asyncio.to_thread(process.sigstop)
-        await asyncio.sleep(1.3)
-        process.sigcont()
+        with contextlib.suppress(FileNotFoundError):  # it has just ended: there was no Redis at its start
+            await asyncio.to_thread(process.sigstop)
+            await asyncio.sleep(1.3)
+            process.sigcont()
 
     async def restart_redis(self) -> None:
         """Kill Redis, start it again."""
@@ -246,10 +252,13 @@ class Fleet:
             await asyncio.to_thread(self.database.kill)
         await asyncio.to_thread(self.database.restart)
 
-    def healthy(self) -> None:
-        """Fail if a worker has ended by itself."""
-        for kind, process in self.processes:
-            assert process.running, f"a {kind} worker ended: {process.report()}"
+    async def revive(self) -> None:
+        """Start those again that found no Redis at their start, as the supervisor does; fail if another has ended."""
+        for at, (kind, process) in enumerate(self.processes):
+            if not process.running:
+                assert process.wait() == UNAVAILABLE, f"a {kind} worker ended: {process.report()}"
+                process.close()
+                self.processes[at] = kind, await self._begin(kind)
 
     def close(self) -> None:
         """End them all."""
