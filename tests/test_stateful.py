@@ -322,11 +322,7 @@ def without(name: str, text: str, instead: str = "") -> Script:
 HOLES = {
     "L1 deaf to the log": lambda patch: patch.setattr(L1, "invalidate", lambda self, tags: None),
     "a replaced answer stays in L1": lambda patch: patch.setitem(
-        SCRIPTS,
-        "land",
-        without(
-            "land", "redis.call('XADD', KEYS[8], 'MAXLEN', '~', ARGV[13], '*', 'by', 'land', 'tags', 'key:' .. key)"
-        ),
+        SCRIPTS, "land", without("land", "tell_replaced(KEYS[8], ARGV[13], key)")
     ),
     "L2 asks for no tag of the request": lambda patch: patch.setitem(
         SCRIPTS, "fetch", without("fetch", " and fit_for(KEYS[1], key, lines(asked), entry)")
