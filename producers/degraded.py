@@ -18,11 +18,11 @@ import orjson
 from producers.lead import run
 from producers.publisher import Outgoing
 from producers.reply import Reply
-from producers.values import APPLICATION, Encoded, encode
 from shared.errors import ConfigError, ProviderError, Unavailable
 from shared.messages import Question, Rules, understand
 from shared.profiles import DEFAULT_PROFILE
 from shared.settings import Settings
+from shared.values import APPLICATION, Encoded, encode
 
 if TYPE_CHECKING:
     from shared.providers.chain import Chains

@@ -13,27 +13,25 @@ import inspect
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
 
-from producers.values import APPLICATION, Encoded, encode, read_entry
-from shared import keys
 from shared.errors import ComputeError
 from shared.faults import fault_point
 from shared.keys import PartitionKeys
 from shared.link import LINK_ERRORS, Command, Link
+from shared.outbox import Outbox, error_payload
 from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings
+from shared.values import APPLICATION, Encoded, encode, read_entry
 
 log = logging.getLogger("millpond.client")
 
 #: Seconds for which a caller whose value is there waits for it to be stored.
 _PATIENCE = 2.0
-_PAIRS = 256
 _LONGEST_MESSAGE = 500
 
 
@@ -180,7 +178,7 @@ class Leader:
             first, rest = (found[1].payload(members | found[0] | {"collapsed": late}) for late in (False, True))
             await self._tell(now_ms, waiters, first, rest)
             return found[1]
-        payload = _ASK_AGAIN if error is None else orjson.dumps({"error": error.to_wire()})
+        payload = _ASK_AGAIN if error is None else error_payload(error)
         await self._tell(now_ms, waiters, payload, payload)
         return None
 
@@ -204,30 +202,16 @@ class Leader:
     async def _tell(self, now_ms: int, waiters: list[bytes], first: bytes, rest: bytes) -> None:
         """Answer everyone aboard, in time or not at all; then forget them. Who is not told knocks, and is answered."""
         not_after_ms = now_ms + int(self._grant.lease * 800)
-        told = [
-            SCRIPTS["reply"].call([keys.reply(client)], [not_after_ms, self._settings.reply_limit, *pairs])
-            for client, pairs in _addressed(waiters, first, rest)
-        ]
+        outbox = Outbox(self._settings.reply_limit)
+        outbox.add_waiters(waiters, first, rest)
         flight = self._grant.key, self._grant.token
         forget = ("DEL", self._names.waiters(*flight), self._names.outcome(*flight))
         try:
-            if told and -1 in await self._link.send(told):
+            if -1 in await self._link.send(outbox.take(not_after_ms)):
                 return
             await self._link.call(forget)
         except LINK_ERRORS as error:
             log.debug("those who wait are not told (%s); they ask again", error)
-
-
-def _addressed(waiters: list[bytes], first: bytes, rest: bytes) -> list[tuple[str, list[bytes]]]:
-    groups: defaultdict[tuple[str, bool], dict[bytes, None]] = defaultdict(dict)
-    for aboard in waiters:
-        client, request_id, joined, *_ = aboard.split(b" ")
-        groups[client.decode(), joined in (b"1", b"3")][request_id] = None
-    return [
-        (client, [b" ".join(list(ids)[at : at + _PAIRS]), rest if late else first])
-        for (client, late), ids in groups.items()
-        for at in range(0, len(ids), _PAIRS)
-    ]
 
 
 async def compute(

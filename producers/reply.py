@@ -6,9 +6,9 @@ from typing import Any
 
 import orjson
 
-from producers.values import decode, split
 from shared.answers import text_of
 from shared.errors import MillpondError, from_wire
+from shared.values import decode, split
 
 
 class Reply:

@@ -12,12 +12,12 @@ from redis.exceptions import RedisError
 
 from producers.connection import Connection
 from producers.reply import Reply
-from producers.values import APPLICATION, Encoded, encode
 from shared.errors import InvalidRequest, NotCached, Superseded, Unavailable
 from shared.keys import PartitionKeys, partition_of
 from shared.link import LINK_ERRORS, Command
 from shared.messages import Question, understand
 from shared.scripts import SCRIPTS, Arg
+from shared.values import APPLICATION, Encoded, encode
 
 #: How much of an entry `info` reads: 32 tags of 200 characters, and the meta line.
 _HEAD = 16_384

@@ -30,6 +30,8 @@ from typing import Any
 import orjson
 import zstandard
 
+from shared.values import framed
+
 MAGIC = b"mp2 "
 MAX_BODY = 64 << 20
 _LEVEL = 6  # with the dictionary, higher ones save less than a hundredth
@@ -105,11 +107,6 @@ def payload(
             marks,
         )
     ) + tail
-
-
-def framed(text: bytes, blob: bytes | None) -> bytes:
-    """Return a reply's JSON, followed by the bytes of a value that is none: `#LENGTH`, a line end, JSON, bytes."""
-    return b"#%d\n%b%b" % (len(text), text, blob) if blob is not None else text
 
 
 def tail_of(key: str, model: str, body: bytes, *, provider: str | None = None, epoch: str = "0-0") -> bytes:

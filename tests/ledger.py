@@ -15,9 +15,9 @@ from shared import keys
 from shared.entry import unpack
 from shared.keys import PartitionKeys
 from shared.link import Link
+from shared.outbox import Outbox
 from shared.scripts import Arg, Script
 from tests.history import DUMP, ERROR, Ask, Flight, must
-from workers.outbox import Outbox
 
 
 class Ledger:

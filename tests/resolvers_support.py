@@ -18,6 +18,7 @@ ANSWERS: dict[str, Any] = {
     "array": np.arange(6, dtype=">f8").reshape(2, 3)[:, ::-1],
     "object": object(),
     "objects": np.array([None]),
+    "long doubles": np.zeros(1, np.longdouble),
 }
 
 

@@ -143,9 +143,9 @@ def test_no_role_can_do_what_is_not_its_work(fortress: Guarded, role: str, comma
 #: The modules that call scripts as that role.
 MODULES = {
     "client": ("producers/client", "producers/publisher", "producers/invalidation"),
-    "application": ("producers/client", "producers/publisher", "producers/store", "producers/lead"),
-    "lookup": ("workers/consumer", "workers/lookup", "workers/joining", "workers/answered", "workers/outbox"),
-    "llm": ("workers/consumer", "workers/llm", "workers/outbox"),
+    "application": ("producers/client", "producers/publisher", "producers/store", "producers/lead", "shared/outbox"),
+    "lookup": ("workers/consumer", "workers/lookup", "workers/joining", "workers/answered", "shared/outbox"),
+    "llm": ("workers/consumer", "workers/llm", "shared/outbox"),
     "background": (
         "workers/consumer", "workers/persistence", "workers/promotion", "workers/invalidation", "workers/orphans",
         "workers/housekeeping", "workers/prune", "workers/sweep", "shared/warming",

@@ -13,8 +13,8 @@ import pytest
 from millpond import Client, ConfigError, DeadlineExceeded, Unavailable
 from producers.degraded import Memory
 from producers.reply import Reply
-from producers.values import Encoded
 from shared.embedded import EmbeddedRedis
+from shared.values import Encoded
 from tests import faults_support
 from tests.faults_support import Pond, answers, outcomes, until
 from tests.processes import our_code_environment

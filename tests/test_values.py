@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from millpond import Found, InvalidRequest, MillpondError, Superseded, Unavailable
-from producers.values import decode, encode, split
 from shared.keys import PartitionKeys
+from shared.values import decode, encode, split
 from tests import faults_support
 from tests.databases import Database
 from tests.faults_support import Pond, until

@@ -8,12 +8,12 @@ import orjson
 
 from shared import keys
 from shared.entry import pack, unpack
+from shared.outbox import Outbox, waiter
 from shared.scripts import Arg
 from tests.history import ERROR, KEEP_MS, TTL_MS, Ask, Flight, LostLease, must
 from tests.ledger import Ledger
 from workers.consumer import Message, messages_of, server_ms
 from workers.flight import Fill, Outcome
-from workers.outbox import Outbox, waiter
 
 
 class World(Ledger):

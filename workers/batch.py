@@ -11,9 +11,9 @@ from shared.entry import Entry
 from shared.errors import InvalidRequest
 from shared.link import Command
 from shared.messages import Kind, Question, label
+from shared.outbox import Outbox
 from shared.touches import Touches
 from workers.consumer import Message
-from workers.outbox import Outbox
 
 
 @dataclass(slots=True)

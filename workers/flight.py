@@ -7,12 +7,13 @@ from typing import Any
 
 import orjson
 
-from shared.entry import Entry, framed, payload, tail_of, unpack
+from shared.entry import Entry, payload, tail_of, unpack
 from shared.errors import from_wire
+from shared.outbox import error_payload
 from shared.profiles import DEFAULT_PROFILE
 from shared.providers.chain import Attempt
+from shared.values import framed
 from workers.consumer import Message
-from workers.outbox import error_payload
 
 _ABOUT = {"profile": DEFAULT_PROFILE, "tenant": "default", "experiment": None, "variant": None}
 

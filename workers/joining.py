@@ -10,10 +10,10 @@ from shared import keys
 from shared.keys import PartitionKeys
 from shared.link import Command
 from shared.messages import Question, spec_of
+from shared.outbox import waiter
 from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings
 from workers.batch import Ask
-from workers.outbox import waiter
 
 #: How the token of a flight begins that an application computes: no fill stands for it.
 LED = "lead-"

@@ -22,6 +22,7 @@ from shared.entry import Unreadable
 from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError
 from shared.faults import fault_point
 from shared.keys import PartitionKeys
+from shared.outbox import error_payload
 from shared.providers.breaker import Breaker
 from shared.providers.chain import Answered, Chains, ask
 from shared.providers.limits import RateLimits
@@ -32,7 +33,6 @@ from shared.touches import Touches
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
 from workers.flight import Fill, LeaseLost, Outcome, Progress
-from workers.outbox import error_payload
 from workers.runtime import run_crew
 from workers.settling import Settling
 from workers.tally import Tally

@@ -21,6 +21,7 @@ from shared.faults import fault_point
 from shared.keys import PartitionKeys, partition_of
 from shared.link import LINK_ERRORS, Command, Link
 from shared.messages import MAX_DEADLINE, Question, Rules, label, understand
+from shared.outbox import Outbox, error_payload
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from shared.tiers.l1 import L1
@@ -32,7 +33,6 @@ from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
 from workers.dives import Dives
 from workers.joining import Joining, lead_payload
-from workers.outbox import Outbox, error_payload
 from workers.refreshing import Refreshing
 from workers.runtime import run_crew
 

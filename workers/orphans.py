@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from shared.errors import Unavailable
 from shared.keys import PartitionKeys
 from shared.link import Link
+from shared.outbox import Outbox, error_payload
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from workers.consumer import server_ms
 from workers.joining import LED
-from workers.outbox import Outbox, error_payload
 
 log = logging.getLogger("millpond.schedule")
 

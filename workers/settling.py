@@ -15,6 +15,7 @@ from shared import prices
 from shared.entry import Unreadable, pack, unpack
 from shared.errors import ContentFiltered, MillpondError, ProviderError, ProviderTimeout, ProviderUnreachable
 from shared.link import LINK_ERRORS, Command
+from shared.outbox import Outbox
 from shared.providers.breaker import CircuitOpen
 from shared.providers.chain import Answered
 from shared.providers.gate import verdict
@@ -22,7 +23,6 @@ from shared.scripts import SCRIPTS, Arg
 from shared.tiers.l3 import L3
 from workers.consumer import Consumer
 from workers.flight import Fill, LeaseLost, Outcome, Progress
-from workers.outbox import Outbox
 from workers.tally import Tally
 
 log = logging.getLogger("millpond.worker")

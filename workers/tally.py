@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.messages import Kind
+from shared.outbox import JOINED, STRICT
 from shared.touches import Touches
 from workers.flight import Fill, Outcome
-from workers.outbox import JOINED, STRICT
 
 
 class Tally:

@@ -16,10 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from shared.errors import ConfigError, ProviderError
+from shared.errors import ConfigError, InvalidRequest, ProviderError
 from shared.providers.base import Call, Completion
+from shared.values import encode
 
 
 def load_resolver(spec: str, profile: str) -> Callable[[dict[str, Any]], Any]:
@@ -74,32 +73,12 @@ class ResolverProvider:
         except Exception as error:
             raise ProviderError(f"{self.name} raised {type(error).__name__}: {error}", provider=self.name) from error
         try:
-            body, about = packed(value)
-        except TypeError as error:
-            raise ProviderError(f"{self.name} returned {error}", provider=self.name) from error
-        return Completion(body, 0, 0, about, judged=True)
+            encoded = encode(value)
+        except InvalidRequest as error:
+            raise ProviderError(f"{self.name}: {error.message}", provider=self.name) from error
+        return Completion(encoded.data, 0, 0, encoded.about, judged=True)
 
     async def close(self) -> None:
         """Start nothing more; what runs in a thread runs on."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def packed(value: Any) -> tuple[bytes, dict[str, Any] | None]:
-    """Return a value's bytes and, if it is no JSON, what an entry's meta says of them.
-
-    Raises:
-        TypeError: it is neither JSON, bytes nor an array of numbers.
-    """
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value), {"kind": "bytes"}
-    numpy = sys.modules.get("numpy")  # who returns an array has imported it
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        if value.dtype.kind not in "biufc":
-            raise TypeError(f"an array of {value.dtype}, which is no array of numbers")
-        array = value.astype(value.dtype.newbyteorder("<"), order="C", copy=False)
-        return array.tobytes(), {"kind": "array", "dtype": array.dtype.str, "shape": list(array.shape)}
-    try:
-        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), None
-    except TypeError as error:
-        raise TypeError(f"what is neither JSON, bytes nor an array ({type(value).__name__}: {error})") from error

@@ -37,8 +37,7 @@ class Encoded:
         """Return a reply payload that carries this value behind `members`."""
         if self.about is None:
             return orjson.dumps(members | {"body": orjson.Fragment(self.data)})
-        text = orjson.dumps(members | {"body": self.about})
-        return b"#%d\n%b%b" % (len(text), text, self.data)
+        return framed(orjson.dumps(members | {"body": self.about}), self.data)
 
     def decoded(self) -> Any:
         """Return the value as whoever reads it gets it: tuples as lists, arrays as copies that may be written to."""
@@ -96,6 +95,11 @@ def read_entry(text: bytes, now_ms: int) -> tuple[dict[str, Any], Encoded] | Non
     members: dict[str, Any] = {"age": age_ms / 1000, "ttl": left_ms / 1000} | ({} if left_ms else {"stale": True})
     members |= {"model": about["model"], "provider": about["provider"], "epoch": epoch.decode()}
     return members, Encoded(data, about.get("value"))
+
+
+def framed(text: bytes, blob: bytes | None) -> bytes:
+    """Return a reply's JSON, followed by the bytes of a value that is none: `#LENGTH`, a line end, JSON, bytes."""
+    return b"#%d\n%b%b" % (len(text), text, blob) if blob is not None else text
 
 
 def split(raw: bytes) -> tuple[bytes, bytes | None]:
