@@ -5,6 +5,7 @@ Only workers and the operator's commands import this module; it needs asyncpg, w
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import asyncpg
@@ -24,6 +25,8 @@ DATABASE_ERRORS: tuple[type[BaseException], ...] = (
 )
 
 CONNECT_TIMEOUT = 5.0
+#: A pool would warn with a traceback each time a connection fails: whoever asks it says so already, in one line.
+logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
 _JSONB_VERSION = b"\x01"
 
 

@@ -24,6 +24,7 @@ from tests.conftest import Server
 from tests.databases import Database
 from tests.faults_support import Pond, answers, until
 from tests.outages import Outage
+from tests.proxy import Proxy
 from tests.shelf import Shelf, key
 
 pond = faults_support.pond
@@ -231,6 +232,25 @@ async def test_a_query_that_takes_too_long_is_given_up(database: Database) -> No
             assert not l3.open
     finally:
         await blocker.close()
+
+
+async def test_nobody_waits_for_a_server_that_has_gone_silent(own_database: EmbeddedPostgres) -> None:
+    async with Proxy(path=str(own_database.socket)) as proxy:
+        url = f"postgresql://millpond@{proxy.url.removeprefix('redis://')}/millpond"
+        async with tier(url, timeout=0.3) as l3:
+            assert await l3.find([key(1)]) == {}
+            assert l3.open
+            proxy.delay = 3600
+            for _ in range(3):  # in a query, then while connecting anew
+                async with asyncio.timeout(3):
+                    assert await l3.find([key(1)]) == {}
+                assert not l3.open
+                await until(lambda: l3.open, "the breaker lets one through")
+            proxy.delay = 0
+            await proxy.cut()
+            async with asyncio.timeout(20):
+                while not l3.open or await l3.find([key(1)]) or not l3.open:
+                    await until(lambda: l3.open, "the breaker lets one through")
 
 
 # rehydrate

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shared.counters import Counters
 
 if TYPE_CHECKING:
-    from asyncpg import Pool
+    from asyncpg import Pool, Record
 
 log = logging.getLogger("millpond.l3")
 
@@ -47,8 +47,7 @@ class L3:
             return {}
         try:
             async with asyncio.timeout(self._timeout):
-                pool = await self._connected()
-                rows = await pool.fetch(_FIND, [bytes.fromhex(key) for key in keys])
+                rows = await self._fetch([bytes.fromhex(key) for key in keys])
         except Exception as error:  # whatever it is: the lookup goes on without this tier
             self._failed(error)
             return {}
@@ -66,6 +65,19 @@ class L3:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.terminate()
+
+    async def _fetch(self, keys: list[bytes]) -> list[Record]:
+        pool = await self._connected()
+        connection = await pool.acquire()
+        try:
+            rows: list[Record] = await connection.fetch(_FIND, keys)
+            return rows
+        except BaseException:
+            # A silent server does not answer asyncpg's request to cancel either, and `release` would wait for that.
+            connection.terminate()
+            raise
+        finally:
+            await pool.release(connection)
 
     async def _connected(self) -> Pool:
         if self._pool is None:
