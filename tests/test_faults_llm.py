@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,9 @@ from shared.errors import ProviderError
 from tests import faults_support
 from tests.faults_support import Pond, Raw, answers, outcomes, until
 from tests.processes import Process
+from workers.flight import Fill
+from workers.llm import LLMConsumer
+from workers.settling import Settling
 
 pond = faults_support.pond
 
@@ -185,3 +189,27 @@ async def test_an_llm_worker_whose_group_is_destroyed_makes_it_anew_and_loses_no
         await answers(asked)
         await pond.settled()
     assert pond.calls() >= 30
+
+
+async def test_a_lease_renewed_while_its_flight_is_cleared_is_not_lost(
+    pond: Pond, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear, renew, rounds, cleared = Settling.clear, LLMConsumer._renew, asyncio.Semaphore(0), 0
+
+    async def counted(self: LLMConsumer, held: Any) -> None:
+        await renew(self, held)
+        rounds.release()
+
+    async def late(self: Settling, fill: Fill) -> None:
+        nonlocal cleared
+        await clear(self, fill)
+        for _ in range(2):  # one may have been on its way
+            await rounds.acquire()
+        cleared += 1
+
+    monkeypatch.setattr(LLMConsumer, "_renew", counted)
+    monkeypatch.setattr(Settling, "clear", late)
+    async with pond.working("lookup", "llm", llm_lease=0.5, simulated_first_token=0.01), pond.client() as client:
+        await client.ask(PROMPT)
+        await until(lambda: cleared, "the flight has ended")
+    assert pond.stat("leases_lost") == 0

@@ -68,6 +68,7 @@ class LLMConsumer(Consumer):
         self._touches = Touches(self.keys.touches, self.settings.touches_limit)
         self.settling = Settling(self, Tally(self._touches), l3)
         self._active: dict[tuple[str, bytes], tuple[Fill, asyncio.Task[None]]] = {}
+        self._clearing: set[asyncio.Task[None]] = set()
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
@@ -204,7 +205,8 @@ class LLMConsumer(Consumer):
                 commands.append(SCRIPTS["renew"].call([stream, *names], [self.group, self.name, keep_ms, *marks]))
         kept = [flag for reply in await self.link.send(commands) for flag in reply]
         for (fill, task), owned in zip(order, kept, strict=True):
-            if not owned and self._active.get((fill.stream, fill.id), (None, None))[1] is task:
+            # What is being cleared may have been, and is nobody's then; if it is another's, `clear` says so.
+            if not owned and task not in self._clearing and not task.done():
                 self.counters.add("leases_lost")
                 log.warning("%s: lost the lease of %s", self.name, fill.id.decode())
                 task.cancel()
@@ -228,6 +230,7 @@ class LLMConsumer(Consumer):
 
     def _ended(self, taken: tuple[str, bytes], task: asyncio.Task[None]) -> None:
         self._active.pop(taken, None)
+        self._clearing.discard(task)
         self._slot_freed.set()
         _report(task)
 
@@ -241,6 +244,7 @@ class LLMConsumer(Consumer):
             fault_point("llm_after_land")
             await settling.tell(outcome)
             fault_point("llm_after_reply")
+            self._clearing.add(self._active[fill.stream, fill.id][1])
             await settling.clear(fill)
         except LeaseLost:
             self.counters.add("leases_lost")
