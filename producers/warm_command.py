@@ -38,9 +38,20 @@ class _Plan:
     rate: float | None
     at_once: int | None
     limit: int | None
+    skip_bad: bool
     model: str | None
     profile: str | None
     tenant: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What it came to; `left_out` of the top answers could not be asked again, `skipped` lines not be read."""
+
+    account: Account
+    left_out: int
+    skipped: int
+    interrupted: bool
 
 
 def warm(
@@ -52,6 +63,7 @@ def warm(
         int | None, typer.Option(min=1, help="Computations under way, at most; half an LLM worker's, unless given.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N requests of the file.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count unreadable lines and go on.")] = False,
     model: Annotated[str | None, typer.Option(help="Put every request of the file to this model.")] = None,
     profile: Annotated[str | None, typer.Option(help="Cache profile of requests that name none.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Tenant of requests that name none.")] = None,
@@ -72,22 +84,22 @@ def warm(
         if (file is None) == (top is None):
             raise InvalidRequest("give a FILE, or --top N", field="file")
         begin = moment(since, "since", datetime.now(UTC))
-        plan = _Plan(file, top, begin, rate, at_once, limit, model, profile, tenant)
-        account, left_out, interrupted = asyncio.run(_run(load(), plan))
+        plan = _Plan(file, top, begin, rate, at_once, limit, skip_bad, model, profile, tenant)
+        done = asyncio.run(_run(load(), plan))
         if as_json:
-            print_json(asdict(account) | {"left_out": left_out, "interrupted": interrupted})
+            told = {"left_out": done.left_out, "skipped": done.skipped, "interrupted": done.interrupted}
+            print_json(asdict(done.account) | told)
         else:
-            _show(account, left_out, interrupted)
-        if interrupted:
+            _show(done)
+        if done.interrupted:
             raise typer.Exit(INTERRUPTED)
-        if not account.complete:
+        if not done.account.complete:
             raise typer.Exit(OTHER)
 
 
-async def _run(settings: Settings, plan: _Plan) -> tuple[Account, int, bool]:
-    """Return what it came to, how many of the top answers could not be asked again, and whether it was interrupted."""
+async def _run(settings: Settings, plan: _Plan) -> _Done:
     rules = Rules.of(settings)
-    wishes = [] if plan.file is None else _from_file(plan.file, plan, rules)
+    wishes, skipped = ([], 0) if plan.file is None else _from_file(plan.file, plan, rules)
     left_out = 0
     async with contextlib.AsyncExitStack() as stack:
         link = Link(resolve_url(settings), name="millpond-warm")
@@ -101,7 +113,7 @@ async def _run(settings: Settings, plan: _Plan) -> tuple[Account, int, bool]:
         warmer = Warmer(link, settings, partitions, pool, rate=plan.rate, at_once=plan.at_once)
         with _bar(len(wishes)) as told:
             interrupted = await _interruptible(warmer, wishes, told)
-    return warmer.account, left_out, interrupted
+    return _Done(warmer.account, left_out, skipped, interrupted)
 
 
 async def _interruptible(warmer: Warmer, wishes: list[Wish], told: Callable[[Account], None]) -> bool:
@@ -118,18 +130,17 @@ async def _interruptible(warmer: Warmer, wishes: list[Wish], told: Callable[[Acc
     return False
 
 
-def _from_file(file: Path, plan: _Plan, rules: Rules) -> list[Wish]:
+def _from_file(file: Path, plan: _Plan, rules: Rules) -> tuple[list[Wish], int]:
     try:
-        requests = workload.read(file, limit=plan.limit).requests
+        read = workload.read(file, limit=plan.limit, skip_bad=plan.skip_bad)
     except OSError as problem:
         raise InvalidRequest(f"{file}: {problem.strerror}; give a file that can be read", field="file") from None
-    if plan.model is not None:
-        requests = workload.with_model(requests, plan.model)
+    requests = read.requests if plan.model is None else workload.with_model(read.requests, plan.model)
     found = []
     for request in requests:
         named = {"profile": request.profile or plan.profile, "tenant": request.tenant or plan.tenant}
         found.append(wish_for(request.body, {name: value for name, value in named.items() if value is not None}, rules))
-    return found
+    return found, read.skipped
 
 
 async def _from_history(pool: Any, plan: _Plan, rules: Rules) -> tuple[list[Wish], int]:
@@ -164,8 +175,8 @@ def _bar(total: int) -> Iterator[Callable[[Account], None]]:
         yield lambda account: bar.update(task, completed=account.settled, cost=f"${account.dollars:.4f}")
 
 
-def _show(account: Account, left_out: int, interrupted: bool) -> None:
-    console = Console(highlight=False)
+def _show(done: _Done) -> None:
+    console, account = Console(highlight=False), done.account
     there = account.present + account.restored
     console.print(
         f"[bold]{counted(account.warmed, 'answer')} warmed[/] for ${account.dollars:,.4f} in {account.seconds:.1f} s, "
@@ -177,8 +188,9 @@ def _show(account: Account, left_out: int, interrupted: bool) -> None:
         "being computed already, for somebody else": account.under_way,
         "not tried: they have just failed": account.backing_off,
         "of models without a known price, counted as $0": account.unpriced,
-        "left out: no stored prompt, or their key has changed": left_out,
-        "begun or waiting when this was interrupted": account.unfinished if interrupted else 0,
+        "left out: no stored prompt, or their key has changed": done.left_out,
+        "unreadable, skipped": done.skipped,
+        "begun or waiting when this was interrupted": account.unfinished if done.interrupted else 0,
     }
     for words, number in rest.items():
         if number:

@@ -58,6 +58,14 @@ def test_what_is_warmed_is_a_hit_and_is_not_warmed_again(deployment: str, questi
     assert "5 already there" in words
 
 
+def test_lines_that_cannot_be_read_are_refused_or_skipped(deployment: str, tmp_path: Path) -> None:
+    file = tmp_path / "torn.jsonl"
+    file.write_text('{"prompt": "whole"}\n{torn\n')
+    assert "--skip-bad" in run_json("warm", str(file), url=deployment, status=2)["error"]["message"]
+    found = run_json("warm", str(file), "--skip-bad", url=deployment)
+    assert (found["warmed"], found["skipped"]) == (1, 1)
+
+
 def test_what_cannot_be_computed_is_told(server: Server, questions: Path) -> None:
     failing: dict[str, Any] = {"simulated_first_token": 0.001, "simulated_failure_rate": 1.0, "attempts": 1}
     with start_worker("llm", server.url, **failing):
