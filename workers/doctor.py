@@ -313,7 +313,7 @@ def _queues(seen: overview.Overview, settings: Settings) -> Iterator[Finding]:
         "landed": settings.landed_limit,
     }  # fmt: skip
     for queue in seen.queues:
-        about = f"partition {queue.partition}: {queue.length} entries, {queue.pending} in hand"
+        about = f"partition {queue.partition}, for {queue.group}: {queue.length} entries, {queue.pending} in hand"
         subject = f"{queue.stream} queue"
         if queue.orphaned:
             yield Finding("warn", subject, f"{about}, {queue.orphaned} of them held by dead workers",

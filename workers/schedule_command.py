@@ -117,7 +117,21 @@ def _outcome(record: dict[str, Any]) -> str:
         return ""
     if not record["ok"]:
         return f"[red]{escape(str(record['error']))}[/]"
-    return escape(", ".join(f"{name} {value}" for name, value in record["result"].items()) or "nothing to do")
+    result = record["result"]
+    if "skipped" in result:
+        return escape(f"skipped: {result['skipped']}")
+    return escape(", ".join(f"{_words(name)} {_figure(result[name])}" for name in result) or "nothing to do")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _figure(value: Any) -> str:
+    """A list is told by its length, what is not known by a dash; `--json` has it whole."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    return str(len(value) if isinstance(value, list) else value)
 
 
 def _ago(at: str) -> str:

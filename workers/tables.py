@@ -119,15 +119,18 @@ def show_overview(console: Console, seen: Overview) -> None:
 
 def _queues(seen: Overview) -> Table:
     table = Table(title="\nQueues", box=None, title_justify="left")
-    for heading in ("partition", "stream", "entries", "in hand", "of dead workers", "not yet read", "consumers"):
-        table.add_column(heading, justify="left" if heading == "stream" else "right", no_wrap=heading == "stream")
+    for heading in ("partition", "stream", "for", "entries", "in hand", "of dead workers", "not yet read", "consumers"):
+        words = heading in ("stream", "for")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=words)
     for queue in seen.queues:
         waiting = "?" if queue.waiting is None else str(queue.waiting)
         numbers = (queue.length, queue.pending, queue.orphaned, waiting, queue.consumers)
-        table.add_row(str(queue.partition), queue.stream, *map(str, numbers))
+        table.add_row(str(queue.partition), queue.stream, queue.group, *map(str, numbers))
+    grouped = {(queue.partition, queue.stream) for queue in seen.queues}
     for partition, lengths in enumerate(seen.lengths):
         for stream in ("landed", "invalidations", "dead"):
-            table.add_row(str(partition), stream, str(lengths[stream]))
+            if (partition, stream) not in grouped:
+                table.add_row(str(partition), stream, "", str(lengths[stream]))
     return table
 
 
