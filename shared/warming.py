@@ -7,6 +7,7 @@ slots at once, so that a live fill finds one. Nobody waits for a warmed flight: 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections import deque
@@ -21,9 +22,9 @@ from shared.entry import Entry, Unreadable, unpack
 from shared.errors import InvalidRequest, Unavailable
 from shared.keys import PRESSURE, PartitionKeys, partition_of, worker
 from shared.link import Link
-from shared.messages import Question, Rules, spec_of, understand
-from shared.scripts import SCRIPTS, Arg
+from shared.messages import Question, Rules, understand
 from shared.settings import Settings
+from shared.tiers import l2
 
 if TYPE_CHECKING:
     from asyncpg import Pool
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 _POLL = 0.1
 #: Keys asked about in one step.
 _BATCH = 64
-#: A flight that nobody has taken up for this long is given up (as a refresh).
-_KEEP_MS = 600_000
 _PRESSED = 1.0
 
 _FIND = "SELECT key, entry FROM answers WHERE key = ANY($1::bytea[]) AND expires > now()"
@@ -112,7 +111,7 @@ class Warmer:
         self._interval = 1 / rate if rate else 0.0
         self._at_once = at_once or max(1, settings.concurrency // partitions // 2) * partitions
         self._name = f"warm-{secrets.token_hex(4)}"
-        self._flights = 0
+        self._flights = itertools.count(1)
         self._due = 0.0
         self._begun: dict[str, tuple[PartitionKeys, bytes]] = {}
 
@@ -172,10 +171,7 @@ class Warmer:
     async def _begin(self, names: PartitionKeys, batch: list[Wish], account: Account) -> list[Wish]:
         """Begin what is missing; return what there was no room for."""
         # The fence is read before PostgreSQL is asked.
-        fetch = SCRIPTS["fetch"].call(
-            [names.tags, *(names.entry(wish.question.key) for wish in batch)],
-            [part for wish in batch for part in (wish.question.key, "\n".join(wish.question.own_tags))],
-        )
+        fetch = l2.fetch(names, [wish.question for wish in batch])
         (fence, *found), pressed = await self._link.send([fetch, ("EXISTS", PRESSURE)])
         missing = [wish for wish, text in zip(batch, found, strict=True) if isinstance(text, int)]
         account.present += len(batch) - len(missing)
@@ -189,33 +185,22 @@ class Warmer:
         """Bring back what PostgreSQL holds and the markers let pass; return the rest."""
         if self._pool is None or not batch:
             return batch
-        wanted = {wish.question.key: wish for wish in batch}
+        wanted = {wish.question.key: wish.question for wish in batch}
         rows = await _fetch(self._pool, _FIND, [bytes.fromhex(key) for key in wanted])
-        stored = [(wanted[row["key"].hex()], row["entry"]) for row in rows]
+        found = [(wanted[row["key"].hex()], row["entry"]) for row in rows]
+        stored = [l2.Kept(question.key, text, question.probation_ms, question.own_tags) for question, text in found]
         if not stored:
             return batch
-        args: list[Arg] = [fence]
-        for wish, text in stored:
-            args += [wish.question.key, text, wish.question.probation_ms, "\n".join(wish.question.own_tags)]
-        keys = [names.tags, *(names.entry(wish.question.key) for wish, _ in stored)]
-        judged = await self._link.call(SCRIPTS["rehydrate"].call(keys, args))
-        there = {wish.question.key for (wish, _), valid in zip(stored, judged, strict=True) if valid}
+        judged = await self._link.call(l2.rehydrate(names, fence, stored))
+        there = {one.key for one, valid in zip(stored, judged, strict=True) if valid}
         account.restored += len(there)
         return [wish for wish in batch if wish.question.key not in there]
 
     async def _revalidate(self, names: PartitionKeys, batch: list[Wish], account: Account) -> list[Wish]:
-        keys = [names.refreshes, names.tags]
-        args: list[Arg] = [self._settings.fill_limit, _KEEP_MS]
-        tokens = []
-        for wish in batch:
-            question, key = wish.question, wish.question.key
-            self._flights += 1
-            tokens.append(f"{self._name}.{self._flights}")
-            keys += [names.entry(key), names.flight(key), names.failed(key)]
-            spec = spec_of(question, wish.cache)
-            args += [key, tokens[-1], wish.body, spec, "\n".join(question.tags), question.ttl_ms, ""]
+        tokens = [f"{self._name}.{next(self._flights)}" for _ in batch]
+        wanted = [l2.Refresh(w.question, w.body, w.cache, token) for w, token in zip(batch, tokens, strict=True)]
         refused = []
-        results = await self._link.call(SCRIPTS["revalidate"].call(keys, args))
+        results = await self._link.call(l2.revalidate(names, self._settings.fill_limit, wanted))
         for wish, token, result in zip(batch, tokens, results, strict=True):
             if result == 1:
                 self._begun[wish.question.key] = names, token.encode()

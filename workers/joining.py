@@ -11,16 +11,15 @@ from shared.keys import PartitionKeys
 from shared.link import Command
 from shared.messages import Question, spec_of
 from shared.outbox import waiter
-from shared.scripts import SCRIPTS, Arg
+from shared.scripts import SCRIPTS
 from shared.settings import Settings
+from shared.tiers import l2
 from workers.batch import Ask
 
 #: How the token of a flight begins that an application computes: no fill stands for it.
 LED = "lead-"
 
 _GRACE_MS = 5000
-#: A refresh that nobody has taken up for this long is given up.
-_REFRESH_MS = 600_000
 
 
 class Joining:
@@ -58,17 +57,8 @@ class Joining:
 
     def refresh(self, stale: list[tuple[Ask, int]]) -> Command:
         """Return the command that has answers computed anew, unless younger than `created` (ms) given with each."""
-        k = self._keys
-        names = [k.refreshes, k.tags]
-        args: list[Arg] = [self._settings.fill_limit, _REFRESH_MS]
-        for ask, created_ms in stale:
-            question, key = ask.question, ask.question.key
-            names += [k.entry(key), k.flight(key), k.failed(key)]
-            args += [
-                key, self._token(), ask.body, spec_of(question, ask.cache), "\n".join(question.tags), question.ttl_ms,
-                created_ms,
-            ]  # fmt: skip
-        return SCRIPTS["revalidate"].call(names, args)
+        wanted = [l2.Refresh(ask.question, ask.body, ask.cache, self._token(), created_ms) for ask, created_ms in stale]
+        return l2.revalidate(self._keys, self._settings.fill_limit, wanted)
 
 
 def lead_payload(question: Question, result: list[Any], lease: float, partition: int) -> tuple[str, bytes, bytes]:

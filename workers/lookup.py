@@ -24,6 +24,7 @@ from shared.messages import MAX_DEADLINE, Question, Rules, label, understand
 from shared.outbox import Outbox, error_payload
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
+from shared.tiers import l2
 from shared.tiers.l1 import L1
 from shared.tiers.l3 import L3
 from shared.touches import Touches
@@ -275,10 +276,7 @@ class LookupConsumer(Consumer):
         if not asked:
             return b""
         clock = self.l1.clock
-        fetch = SCRIPTS["fetch"].call(
-            [self.keys.tags, *(self.keys.entry(q.key) for q, _ in asked)],
-            [part for q, _ in asked for part in (q.key, "\n".join(q.own_tags))],
-        )
+        fetch = l2.fetch(self.keys, [question for question, _ in asked])
         ((fence, *found),) = await self._send(batch, [fetch], self.reading)
         for (question, asks), text in zip(asked, found, strict=True):
             if isinstance(text, int):
@@ -317,11 +315,8 @@ class LookupConsumer(Consumer):
             return
         clock = self.l1.clock
         there = [(*asked[key], text) for key, text in found.items()]
-        rehydrate = SCRIPTS["rehydrate"].call(
-            [self.keys.tags, *(self.keys.entry(question.key) for question, _, _ in there)],
-            [fence, *(a for q, _, text in there for a in (q.key, text, q.probation_ms, "\n".join(q.own_tags)))],
-        )
-        (judged,) = await self._send(batch, [rehydrate], self.link)
+        kept = [l2.Kept(q.key, text, q.probation_ms, q.own_tags) for q, _, text in there]
+        (judged,) = await self._send(batch, [l2.rehydrate(self.keys, fence, kept)], self.link)
         for (question, asks, text), valid in zip(there, judged, strict=True):
             if valid and (entry := self._open(batch, question.key, text)) and entry.expires_ms > batch.now_ms:
                 self.l1.put(entry, clock=clock)

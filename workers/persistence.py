@@ -193,8 +193,8 @@ class PersistenceConsumer(Consumer):
             self._limit = None
 
     async def _acknowledge(self, stream: str, ids: list[bytes]) -> None:
-        verb = "retire" if stream == self.keys.landed else "ack"
-        done = await self.link.call(SCRIPTS[verb].call([stream], [self.group, self.name, *sorted(ids, key=_order)]))
+        script = SCRIPTS["retire"] if stream == self.keys.landed else SCRIPTS["ack"]
+        done = await self.link.call(script.call([stream], [self.group, self.name, *sorted(ids, key=_order)]))
         if done < len(ids):
             self.counters.add("leases_lost", len(ids) - done)
             log.warning("%s: %d of %d belong to another worker; not acknowledged", self.name, len(ids) - done, len(ids))

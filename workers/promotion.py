@@ -27,6 +27,7 @@ from shared.link import Command, Link
 from shared.profiles import DEFAULT_PROFILE, Profile
 from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings
+from shared.tiers import l2
 from shared.tiers.l3 import L3
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
@@ -165,22 +166,17 @@ class Promoter:
         return SCRIPTS["promote"].call(names, args)
 
     async def _write_back(self, found: Mapping[str, bytes], hits: Mapping[str, Hits], fence: bytes, now_ms: int) -> int:
-        wanted: list[tuple[str, bytes, int]] = []
+        wanted: list[l2.Kept] = []
         for key, text in found.items():
             try:
                 left = hits[key].at_ms + self._life(unpack(key, text), hits[key]) - now_ms
             except Unreadable:
                 continue
             if left > 0:  # else its hit is so long ago that it would have left again
-                wanted.append((key, text, left))
-        written = await self._link.send([self._rehydrate(part, fence) for part in _parts(wanted, _WRITTEN_AT_ONCE)])
+                wanted.append(l2.Kept(key, text, left))
+        parts = _parts(wanted, _WRITTEN_AT_ONCE)
+        written = await self._link.send([l2.rehydrate(self._keys, fence, part) for part in parts])
         return sum(map(sum, written))
-
-    def _rehydrate(self, part: list[tuple[str, bytes, int]], fence: bytes) -> Command:
-        args: list[Arg] = [fence]
-        for key, text, left in part:
-            args += [key, text, left, ""]
-        return SCRIPTS["rehydrate"].call([self._keys.tags, *(self._keys.entry(key) for key, _, _ in part)], args)
 
     def _life(self, entry: Entry, hit: Hits) -> int:
         probations = (self._probations[tag] for tag in entry.tags if tag in self._probations)

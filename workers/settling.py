@@ -19,7 +19,8 @@ from shared.outbox import Outbox
 from shared.providers.breaker import CircuitOpen
 from shared.providers.chain import Answered
 from shared.providers.gate import verdict
-from shared.scripts import SCRIPTS, Arg
+from shared.scripts import SCRIPTS, Arg, Script
+from shared.tiers import l2
 from shared.tiers.l3 import L3
 from workers.consumer import Consumer
 from workers.flight import Fill, LeaseLost, Outcome, Progress
@@ -45,7 +46,7 @@ class Settling:
 
     async def resume(self, fill: Fill) -> Outcome | None:
         """Return what a fill had already come to; None when it is to be computed."""
-        reply = await self._write("resume", self._flight_names(fill), [fill.id, fill.token])
+        reply = await self._write(SCRIPTS["resume"], self._flight_names(fill), [fill.id, fill.token])
         if reply[0] == b"ABANDONED":
             self._counters.add("abandoned")
             return Outcome(0, [], b"", b"")
@@ -89,7 +90,7 @@ class Settling:
             fill.stale_ms, fill.error_ms, max(probation_ms, 1), orjson.dumps(call),
             fill.body if self._settings.store_prompts else b"", self._settings.landed_limit,
         ]  # fmt: skip
-        reply = await self._write("land", names, args)
+        reply = await self._write(SCRIPTS["land"], names, args)
         if reply[0] == b"DONE":
             return Outcome.recorded(fill, reply)
         self._counters.add("stored" if reply[0] == b"stored" else "not_stored")
@@ -124,7 +125,7 @@ class Settling:
             orjson.dumps(call) if call else b"", self._settings.landed_limit,
         ]  # fmt: skip
         await self._bring_back(fill)
-        reply = await self._write("fail", names, args)
+        reply = await self._write(SCRIPTS["fail"], names, args)
         outcome = Outcome.recorded(fill, reply)
         if reply[0] == b"FAILED":
             self._counters.add("failed")
@@ -139,7 +140,7 @@ class Settling:
             await self._bring_back(fill)
         k, (stream, flight, waiters, _) = self._keys, self._flight_names(fill)
         names = [stream, flight, waiters, k.entry(fill.key), k.tags]
-        reply = await self._write("placate", names, [fill.id, fill.token, fill.key, told])
+        reply = await self._write(SCRIPTS["placate"], names, [fill.id, fill.token, fill.key, told])
         if reply[0] == b"NONE":
             return None
         try:
@@ -178,8 +179,8 @@ class Settling:
         there, fence = await self._persist([("EXISTS", entry), ("HGET", k.tags, "#fence")])
         found = {} if there else await self._l3.find([fill.key])
         if fill.key in found:
-            args: list[Arg] = [fence or "0", fill.key, found[fill.key], max(fill.probation_ms, 1), ""]
-            await self._persist([SCRIPTS["rehydrate"].call([k.tags, entry], args)])
+            kept = l2.Kept(fill.key, found[fill.key], fill.probation_ms)
+            await self._persist([l2.rehydrate(k, fence or b"0", [kept])])
 
     def _flight_names(self, fill: Fill) -> tuple[str, str, str, str]:
         k, key, token = self._keys, fill.key, fill.token
@@ -191,8 +192,8 @@ class Settling:
         attempts = {"attempts": progress.attempts} if len(progress.attempts) > 1 else {}
         return fill.about | {"endpoint": fill.endpoint, "kind": kind} | attempts
 
-    async def _write(self, name: str, names: list[str] | tuple[str, ...], args: list[Arg]) -> list[Any]:
-        command = SCRIPTS[name].call(names, [self._consumer.group, self._consumer.name, *args])
+    async def _write(self, script: Script, names: list[str] | tuple[str, ...], args: list[Arg]) -> list[Any]:
+        command = script.call(names, [self._consumer.group, self._consumer.name, *args])
         (reply,) = await self._persist([command])
         if reply[0] == b"LOST":
             raise LeaseLost
