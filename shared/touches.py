@@ -16,8 +16,13 @@ import orjson
 from shared.link import Command
 from shared.messages import Kind
 
-#: Upper bounds of the latency histogram's buckets, in milliseconds; a last one has no bound.
-BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
+#: Upper bounds of the latency histogram's buckets, in milliseconds, each at most 1.5 times the one before from 2 on (a
+#: percentile is as exact as its bucket); a last one has no bound.
+BOUNDS = (
+    1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200, 250, 300, 400, 500, 600, 800, 1000,
+    1200, 1500, 2000, 2500, 3000, 4000, 5000, 6000, 8000, 10_000, 12_000, 15_000, 20_000, 25_000, 30_000, 40_000,
+    60_000,
+)  # fmt: skip
 #: The tiers whose hits are reported per key, in this order.
 KEYED = ("l1", "l2", "l3")
 _EVERY = 1.0

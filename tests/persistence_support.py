@@ -10,6 +10,7 @@ import orjson
 
 from shared.entry import pack
 from shared.keys import PartitionKeys, partition_of
+from shared.touches import BOUNDS
 from tests.faults_support import Pond
 
 HOUR_MS = 3_600_000
@@ -64,7 +65,7 @@ def touch(
 ) -> bytes:
     """Add a report of hits to `touches`."""
     about = {"tenant": "default", "experiment": None, "variant": None, "cost": 0.25, "saved_ms": 100} | changes
-    histogram = [hits] + [0] * 14
+    histogram = [hits] + [0] * len(BOUNDS)
     row = [
         tier, "response", about["tenant"], "m", about["experiment"], about["variant"], hits, 10 * hits, 20 * hits,
         about["cost"], about["saved_ms"], histogram,

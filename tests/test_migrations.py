@@ -15,6 +15,7 @@ import migrations
 from shared import postgres
 from shared.database import connect_pool
 from shared.errors import ConfigError, MillpondError, Unavailable
+from shared.touches import BOUNDS
 from tests.databases import Database, run_sql
 
 pytestmark = pytest.mark.every_postgresql
@@ -46,6 +47,23 @@ async def test_an_empty_database_gets_every_table_and_the_next_days(empty_databa
 
 async def test_a_second_migration_finds_nothing_to_do(database: Database) -> None:
     assert await migrations.migrate_async(database.url) == []
+
+
+async def test_latencies_counted_in_coarser_buckets_keep_their_upper_bounds(database: Database) -> None:
+    old = [1, *[0] * 9, 7, 3, 0, 0, 2]  # up to 1 ms, up to 2 s, up to 5 s, above 30 s
+    await asyncio.to_thread(
+        run_sql,
+        database.url,
+        f"UPDATE {migrations.VERSION_TABLE} SET version_num = '0001'",
+        "ALTER TABLE hits DROP CONSTRAINT hits_histogram_check",
+        "ALTER TABLE hits ADD CONSTRAINT hits_histogram_check CHECK (cardinality(histogram) = 15)",
+        "INSERT INTO hits (hour, tier, profile, tenant, model, hits, histogram) "
+        f"VALUES (now(), 'llm', 'p', 't', 'm', 13, ARRAY{old})",
+    )
+    assert "0002" in await migrations.migrate_async(database.url)
+    (counted,) = await database.fetch("SELECT histogram FROM hits")
+    counts = dict(zip((*BOUNDS, None), counted[0], strict=True))
+    assert {bound: n for bound, n in counts.items() if n} == {1: 1, 2000: 7, 5000: 3, None: 2}
 
 
 def test_of_many_processes_that_start_at_once_one_migrates(empty_database: Database) -> None:

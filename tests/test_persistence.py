@@ -15,6 +15,7 @@ from shared.entry import Unreadable, unpack
 from shared.errors import ConfigError
 from shared.keys import PartitionKeys
 from shared.scripts import SCRIPTS
+from shared.touches import BOUNDS
 from tests import faults_support
 from tests.faults_support import Pond, until
 from tests.persistence_support import call_of, count, entry_of, is_written, key_of, lag, land, rows, touch
@@ -125,7 +126,10 @@ async def test_hits_of_an_hour_add_up(pond: Pond, database: Any) -> None:
         "SELECT tier, experiment, sum(hits), sum(prompt_tokens), sum(cost), sum(saved_ms), sum(histogram[1]), "
         "max(cardinality(histogram)) FROM hits GROUP BY 1, 2 ORDER BY 1",
     )
-    assert found == [("l1", "e", 8, 80, 0.75, 300, 8, 15), ("llm", "", 5, 50, 0.25, 100, 5, 15)]
+    assert found == [
+        ("l1", "e", 8, 80, 0.75, 300, 8, len(BOUNDS) + 1),
+        ("llm", "", 5, 50, 0.25, 100, 5, len(BOUNDS) + 1),
+    ]
     top = await rows(database.url, "SELECT key, sum(hits) FROM top_keys GROUP BY 1 ORDER BY 2 DESC")
     assert top == [(bytes.fromhex(key_of(1)), 7), (bytes.fromhex(key_of(2)), 3)]
     assert pond.length("touches") == 4, "they stay for the other group"
@@ -244,7 +248,7 @@ def test_ack_and_hold_take_only_what_was_asked_and_is_owned(server: Any) -> None
 
 def test_reports_of_one_hour_are_summed_before_they_are_written() -> None:
     def report(at_ms: int, hits: int) -> Any:
-        row = ["l2", "p", "t", "m", None, None, hits, 1, 2, 0.5, 3, [0] * 14 + [hits]]
+        row = ["l2", "p", "t", "m", None, None, hits, 1, 2, 0.5, 3, [0] * len(BOUNDS) + [hits]]
         return read_touches(
             b"%d-0" % at_ms, {b"data": orjson.dumps({"keys": {key_of(1): [0, hits, 0]}, "stats": [row]})}
         )

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import asyncpg
 import typer
-from rich.console import Console
 
 from shared.console import print_json, reporting
 from shared.database import DATABASE_ERRORS, cannot_reach, connect_pool
@@ -60,7 +59,7 @@ def report(
         if as_json:
             print_json(found.as_dict() | {"html": None if html is None else str(html)})
             return
-        console = Console()
+        console = report_table.console(found, wanted)
         console.print(report_table.render(found, wanted), highlight=False)
         if html is not None:
             console.print(f"Page: {html}", style="dim", highlight=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -15,11 +16,20 @@ from workers.report import Report
 from workers.report_words import TIER_NAMES, dearer, dollars, duration, factor, per_thousand, points, share, tokens
 
 _UNNAMED = "(none)"
+_WIDEST = 160
 
 
 def render(report: Report, by: Sequence[str]) -> RenderableType:
     """Return the report as tables: the whole, by tier, by the dimensions asked for, top keys, notes."""
     return Group(*_parts(report, by))
+
+
+def console(report: Report, by: Sequence[str]) -> Console:
+    """Return a console wide enough for every figure: a cropped one would read as another."""
+    usual, wide = Console(), Console(width=_WIDEST)
+    parts = (part for part in _parts(report, by) if isinstance(part, Table))
+    needed = max((Measurement.get(wide, wide.options, part).maximum for part in parts), default=0)
+    return Console(width=needed) if needed > usual.width else usual
 
 
 def _parts(report: Report, by: Sequence[str]) -> Iterator[RenderableType]:

@@ -50,6 +50,8 @@ def duration(ms: float | None) -> str:
     """Return milliseconds in the unit that suits them; a dash for none."""
     if ms is None:
         return "–"
+    if ms < 1:
+        return "< 1 ms"  # the server's clock tells no more
     if ms < 10:
         return f"{ms:.1f} ms"
     return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
