@@ -62,6 +62,9 @@ class Outbox:
         ]
 
 
-def waiter(client: str, request_id: bytes) -> bytes:
-    """Return how a request stands among a flight's waiters; b'' when nobody waits."""
-    return b"%b %b" % (client.encode(), request_id) if client else b""
+def waiter(client: str, request_id: bytes, *counted: str | None) -> bytes:
+    """Return how a request stands among a flight's waiters; b'' when nobody waits.
+
+    `counted`: the experiment and the variant it counts under, where it names them.
+    """
+    return b" ".join((client.encode(), request_id, *(one.encode() for one in counted if one))) if client else b""

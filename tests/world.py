@@ -61,7 +61,8 @@ class World(Ledger):
             b"{}", orjson.dumps(self._spec(labels)), "\n".join(sorted(labels)), 0, keys.LLM_GROUP, ask.message,
             waiter(self.client, ask.id.encode()),
         ]  # fmt: skip
-        result = await self.link.call(self.call("join", names, args))
+        refreshes = ("XLEN", k.refreshes)
+        before, result, after = await self.link.send([refreshes, self.call("join", names, args), refreshes])
         status, owned = result[0].decode(), self.requests.get(ask.message) == who
         must((status != "LOST") == owned, f"I6: {who} joined a message it does not own, or was refused its own")
         if status == "LOST":
@@ -73,7 +74,7 @@ class World(Ledger):
         elif status == "BEGUN":
             self._begun(ask, labels, result[1].decode())
         else:
-            self._joined(ask, labels, result[1].decode())
+            self._joined(ask, labels, result[1].decode(), adopted=after < before)
         return None
 
     def _begun(self, ask: Ask, labels: set[str], token: str) -> None:
@@ -92,8 +93,11 @@ class World(Ledger):
         del self.requests[ask.message]
         self.serve(ask, flight)
 
-    def _joined(self, ask: Ask, labels: set[str], token: str) -> None:
+    def _joined(self, ask: Ask, labels: set[str], token: str, *, adopted: bool) -> None:
         flight = self.flights[token]
+        if adopted:  # a refresh that nobody had taken up, or waited for, became this request's fill
+            must(not flight.began_for and not flight.waiters, "a refresh became a fill twice")
+            flight.began_for = ask.id
         must(flight.shared and ask.shared, "somebody joined, or joined from, a bypass")
         must(not flight.ended, f"I2: {ask.id} joined {token}, which had ended: nobody will tell it")
         flight.tags |= labels

@@ -47,8 +47,8 @@ class Batch:
     not_after_ms: int
     outbox: Outbox
     answered: list[bytes] = field(default_factory=list)
-    #: the requests that an entry answers, by client, tier, key and variant: told in one payload
-    hits: dict[tuple[str, str, str, str | None], Hits] = field(default_factory=dict)
+    #: the requests that an entry answers, by client, tier, key, experiment and variant: told in one payload
+    hits: dict[tuple[str, str, str, str | None, str | None], Hits] = field(default_factory=dict)
     #: requests of other partitions: the commands that hand them over, and the messages to retire once they did
     moves: list[Command] = field(default_factory=list)
     moved: list[bytes] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Batch:
     def hit(self, ask: Ask, entry: Entry, tier: str) -> None:
         """Answer one request from `tier`, together with all others of its client for the same entry."""
         kind = ask.question.kind
-        found = self.hits.get(group := (ask.client, tier, entry.key, kind.variant))
+        found = self.hits.get(group := (ask.client, tier, entry.key, kind.experiment, kind.variant))
         if found is None:
             since_ms = int(ask.message_id.split(b"-")[0])
             self.hits[group] = Hits(entry, kind, since_ms, [ask.request_id])
@@ -76,7 +76,7 @@ class Batch:
 
     def take(self, counters: Counters, touches: Touches) -> tuple[list[Command], list[bytes]]:
         """Return the replies so far, and the messages they answer; count the hits."""
-        for (client, tier, key, _), hits in self.hits.items():
+        for (client, tier, key, _, _), hits in self.hits.items():
             entry, count = hits.entry, len(hits.request_ids)
             counters.add(f"hit.{tier}", count)
             touches.touch(key, tier, count)

@@ -41,6 +41,8 @@ class Joining:
         bypass = question.mode == "bypass"
         oldest = 0 if question.max_age_ms is None else now_ms - question.max_age_ms
         lease_ms = int(self._settings.compute_lease * 1000) if question.lead else 0
+        # What an application computes is counted nowhere.
+        counted = () if lease_ms else (question.kind.experiment, question.kind.variant)
         token = f"{first.client}.{first.request_id.decode()}" if bypass else self._token(LED if lease_ms else "")
         return SCRIPTS["join"].call(
             [
@@ -51,7 +53,7 @@ class Joining:
                 *self._owner, key, token, question.mode, oldest, question.ttl_ms, int(question.stores),
                 max(ask.deadline_ms for ask in asks) + _GRACE_MS, self._settings.fill_limit,
                 first.body, spec_of(first.question, first.cache), "\n".join(question.tags), lease_ms, keys.LLM_GROUP,
-                *(part for ask in asks for part in (ask.message_id, waiter(ask.client, ask.request_id))),
+                *(part for ask in asks for part in (ask.message_id, waiter(ask.client, ask.request_id, *counted))),
             ],
         )  # fmt: skip
 

@@ -384,6 +384,11 @@ class LookupConsumer(Consumer):
                 self.counters.add("stale_if_error", len(asks))
                 for ask in asks:
                     batch.answer(ask, entry.reply("l2", batch.now_ms, degraded=True))
+                    waited_ms = max(0, batch.now_ms - int(ask.message_id.split(b"-")[0]))
+                    self._touches.add(
+                        "stale", question.kind, 1, waited_ms,
+                        tokens=entry.tokens, cost=entry.cost, saved_ms=entry.compute_ms,
+                    )  # fmt: skip
         # LOST, or an unreadable entry: nothing was acknowledged; whoever owns the messages joins them again.
 
 

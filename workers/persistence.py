@@ -117,6 +117,7 @@ class PersistenceConsumer(Consumer):
 
     async def _take(self, batches: dict[str, list[Message]]) -> None:
         self._held = {stream: [message.id for message in messages] for stream, messages in batches.items()}
+        self._count = min(map(_count_of, batches.values()))
         try:
             for stream, messages in batches.items():
                 await self._store(stream, await self._readable(stream, messages))
@@ -136,8 +137,6 @@ class PersistenceConsumer(Consumer):
                 burials.append(self.bury_command(stream, message.id, reason, message.deliveries))
         if burials:
             await self.link.send(burials)
-        weight = sum(len(value) for message in messages for value in message.fields.values())
-        self._count = max(1, min(_BATCH, _BATCH_BYTES * len(messages) // max(1, weight)))
         return readable
 
     def _read(self, stream: str, message: Message) -> Landed | Touched:
@@ -230,6 +229,12 @@ class PersistenceConsumer(Consumer):
                 await self.link.send(commands)
             except Exception as error:
                 log.warning("%s: leases not renewed (%r)", self.name, error)
+
+
+def _count_of(messages: Sequence[Message]) -> int:
+    """Return how many messages of this weight to read at once."""
+    weight = sum(len(value) for message in messages for value in message.fields.values())
+    return max(1, min(_BATCH, _BATCH_BYTES * len(messages) // max(1, weight)))
 
 
 def _order(message_id: bytes) -> tuple[int, int]:

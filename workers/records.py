@@ -183,13 +183,13 @@ def hit_rows(touched: Iterable[Touched]) -> list[HitRow]:
     return rows
 
 
-def top_rows(touched: Iterable[Touched], *, least: int, most: int) -> list[tuple[datetime, bytes, int]]:
-    """Return (hour, key, hits) of the keys hit at least `least` times in these reports, at most `most`, in order."""
+def top_rows(touched: Iterable[Touched], *, most: int) -> list[tuple[datetime, bytes, int]]:
+    """Return (hour, key, hits) of the keys hit most in these reports, at most `most`, in order."""
     sums: defaultdict[tuple[datetime, bytes], int] = defaultdict(int)
     for report in touched:
         for key, hits in report.keys.items():
             sums[report.hour, key] += hits
-    popular = sorted(((hits, at) for at, hits in sums.items() if hits >= least), reverse=True)[:most]
+    popular = sorted(((hits, at) for at, hits in sums.items()), reverse=True)[:most]
     return sorted((hour, key, hits) for hits, (hour, key) in popular)
 
 

@@ -129,8 +129,8 @@ class Settling:
         outcome = Outcome.recorded(fill, reply)
         if reply[0] == b"FAILED":
             self._counters.add("failed")
-            self._tally.ended(fill, outcome, progress.placated if progress is not None else 0)
             if outcome.spare is not None:
+                self._tally.ended(fill, outcome, progress.placated if progress is not None else 0)
                 self._counters.add("degraded", len(outcome.waiters))
         return outcome
 

@@ -30,7 +30,7 @@ class Tally:
         cost: float | None = None,
         saved_ms: int = 0,
     ) -> None:
-        """Count all others aboard, once this worker has settled the flight.
+        """Count all others who got an answer, once this worker has settled the flight.
 
         `tokens`, `cost` and `saved_ms` are what the answer took: what everyone who joined has saved.
         """
@@ -48,17 +48,15 @@ class Tally:
         saved_ms: int = 0,
     ) -> None:
         about, entry = fill.about, outcome.spare
-        kind = Kind(
-            about["profile"],
-            about["tenant"],
-            fill.model,
-            about["experiment"],
-            about["variant"],
-        )
         for waiter in waiters:
-            how, (*_, since) = _how(waiter), waiter.split(b" ")
+            # Each counts under its own variant: those of an experiment may ask the same.
+            _, _, how, since, *named = waiter.split(b" ")
+            experiment, variant = (*(name.decode() for name in named), None, None)[:2]
+            kind = Kind(about["profile"], about["tenant"], fill.model, experiment, variant)
             latency_ms = max(0, outcome.now_ms - int(since))
-            if entry is not None and how not in STRICT:
+            if entry is not None:
+                if how in STRICT:
+                    continue  # told the error
                 self._touches.add(
                     "stale", kind, 1, latency_ms, tokens=entry.tokens, cost=entry.cost, saved_ms=entry.compute_ms
                 )

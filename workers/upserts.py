@@ -20,8 +20,9 @@ from workers.records import (
     top_rows,
 )
 
-#: A key enters `top_keys` when it is hit so often in one batch of reports; the most popular of a batch suffice.
-_TOP_LEAST, _TOP_MOST = 2, 1000
+#: So many keys of a batch of reports enter `top_keys`, the most often hit ones. One hit is enough: where little is
+#: asked, a batch rarely has two of a key.
+_TOP_MOST = 1000
 
 _ANSWER_TYPES = {
     "key": "bytea", "partition": "int", "epoch_ms": "bigint", "epoch_seq": "bigint", "created": "timestamptz",
@@ -133,7 +134,7 @@ async def write_touches(connection: Any, stream: str, touched: Sequence[Touched]
     fresh = [one for one in touched if one.id in new]
     rows = hit_rows(fresh)
     await _execute(connection, _HITS, rows)
-    await _execute(connection, _TOP_KEYS, top_rows(fresh, least=_TOP_LEAST, most=_TOP_MOST))
+    await _execute(connection, _TOP_KEYS, top_rows(fresh, most=_TOP_MOST))
     await _execute(connection, _EXPERIMENTS, experiment_rows((r.hour, r.experiment, r.variant) for r in rows))
     return len(fresh)
 

@@ -4,7 +4,8 @@
 -- ARGV  1 group, 2 consumer, 3 K, 4 token for a new flight, 5 mode, 6 oldest acceptable entry (ms; 0 any),
 --       7 ttl (ms), 8 store (1|0), 9 keep until (ms), 10 most fills, 11 body, 12 spec, 13 tags (newline-joined),
 --       14 lease (ms) of a flight that one of the requests' own applications computes (0: the LLM pool does),
---       15 group of the LLM pool, then pairs: message id, waiter ('CLIENT REQUEST'; '' = nobody waits)
+--       15 group of the LLM pool, then pairs: message id, waiter ('CLIENT REQUEST [EXPERIMENT [VARIANT]]'; '' =
+--       nobody waits)
 -- Returns {'HIT', entry}, {'STALE', entry} or {'FAILED', error JSON} (nothing acknowledged: the provider has just failed, and
 -- there is an entry kept for that case, or none), {'BEGUN'|'JOINED', token, n}, {'FULL'}, {'LOST'}, or
 -- {'LEAD', token, n, who computes, epoch, tags, ttl (ms)}.
@@ -65,6 +66,7 @@ elseif redis.call('EXISTS', KEYS[6] .. token) == 1 then
   status = 'JOINED' -- the same bypass request, published twice
 end
 
+local moved = false
 if status and flight and flight[7] then
   -- A refresh that nobody has taken up yet now has somebody who waits for it: it goes to the fills.
   local found = redis.call('XRANGE', KEYS[8], flight[7], flight[7])
@@ -72,6 +74,7 @@ if status and flight and flight[7] then
   if found[1] and (taken.err or #taken == 0) then
     redis.call('XDEL', KEYS[8], flight[7])
     redis.call('XADD', KEYS[2], '*', unpack(found[1][2]))
+    moved = true
   end
   redis.call('HDEL', KEYS[4], 'refresh')
 end
@@ -106,10 +109,11 @@ for i, waiter in ipairs(asking) do
   if leader and waiter == leader then
     status = 'LEAD'
   elseif waiter ~= '' then
-    -- A waiter: who; 0 if the flight began for it or 1 if it joined, 2 more if it takes no stored answer should the flight
-    -- fail; when it was published (ms).
-    local how = (status == 'BEGUN' and i == 1 and 0 or 1) + (strict and 2 or 0)
-    waiters[#waiters + 1] = string.format('%s %d %s', waiter, how, string.match(ids[i], '^%d+'))
+    -- A waiter: who; 0 if the flight began for it (or a refresh became one for it) or 1 if it joined, 2 more if it takes no
+    -- stored answer should the flight fail; when it was published (ms); what it counts under.
+    local who, counted = string.match(waiter, '^(%S+ %S+)(.*)$')
+    local how = ((status == 'BEGUN' or moved) and i == 1 and 0 or 1) + (strict and 2 or 0)
+    waiters[#waiters + 1] = string.format('%s %d %s%s', who, how, string.match(ids[i], '^%d+'), counted)
   end
 end
 if #waiters > 0 then

@@ -23,7 +23,9 @@ local key, token, epoch = ARGV[4], ARGV[5], ARGV[6]
 local flight = redis.call('HMGET', KEYS[3], 'token', 'tags', 'ttl', 'store', 'replaces')
 local current = flight[1] == token
 local labels = lines(current and flight[2] or ARGV[7])
-local created = now_ms()
+local present = current and redis.call('GET', KEYS[2])
+local entry = present and head(present)
+local created = created_after(entry)
 local ttl, stale, err = tonumber(current and flight[3] or ARGV[8]), tonumber(ARGV[14]), tonumber(ARGV[15])
 local text = compose(epoch, created, ttl, stale, err, labels, ARGV[11], ARGV[12])
 
@@ -37,8 +39,6 @@ elseif flight[4] ~= '1' then
 elseif pruned(KEYS[6], epoch) or invalidated(KEYS[6], key, labels, epoch) then
   reason = 'invalidated'
 else
-  local present = redis.call('GET', KEYS[2])
-  local entry = present and head(present)
   if entry and newer(entry.epoch, epoch) then
     reason = 'superseded'
   elseif entry or flight[5] then
@@ -62,4 +62,4 @@ if reason == 'stored' then
 end
 if current then redis.call('DEL', KEYS[3], KEYS[9]) end
 redis.call('SET', KEYS[5], reason .. '\n' .. text, 'PX', ARGV[10])
-return { reason, created, redis.call('LRANGE', KEYS[4], 0, -1), created + ttl }
+return { reason, now_ms(), redis.call('LRANGE', KEYS[4], 0, -1), created + ttl }

@@ -17,13 +17,15 @@ if done then
   return { reason, tonumber(at), redis.call('LRANGE', KEYS[3], 0, -1), tonumber(fresh) }
 end
 local flight = redis.call('HMGET', KEYS[2], 'token', 'tags', 'ttl', 'store', 'replaces')
-local created, current = now_ms(), flight[1] == token
-if not current and created >= tonumber(ARGV[14]) then return { 'LOST' } end
+local now, current = now_ms(), flight[1] == token
+if not current and now >= tonumber(ARGV[14]) then return { 'LOST' } end
 if not current then flight = {} end
 
 local labels = lines(flight[2] or ARGV[13])
 local ttl, stale, err = tonumber(flight[3] or ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local reason = 'stored'
+local present = current and redis.call('GET', KEYS[1])
+local entry = present and head(present)
+local created, reason = created_after(entry), 'stored'
 if not current then
   reason = 'overtaken'
 elseif flight[4] and flight[4] ~= '1' then
@@ -31,8 +33,6 @@ elseif flight[4] and flight[4] ~= '1' then
 elseif pruned(KEYS[5], epoch) or invalidated(KEYS[5], key, labels, epoch) then
   reason = 'invalidated'
 else
-  local present = redis.call('GET', KEYS[1])
-  local entry = present and head(present)
   if entry and newer(entry.epoch, epoch) then
     reason = 'superseded'
   elseif entry or flight[5] or stale > 0 then
@@ -44,5 +44,5 @@ if reason == 'stored' then
   keep_value(KEYS[1], KEYS[6], ARGV[11], key, text, ttl + stale + err, ARGV[7])
 end
 if current then redis.call('DEL', KEYS[2]) end
-redis.call('SET', KEYS[4], string.format('%s %d %d', reason, created, created + ttl), 'PX', ARGV[12])
-return { reason, created, redis.call('LRANGE', KEYS[3], 0, -1), created + ttl }
+redis.call('SET', KEYS[4], string.format('%s %d %d', reason, now, created + ttl), 'PX', ARGV[12])
+return { reason, now, redis.call('LRANGE', KEYS[3], 0, -1), created + ttl }
