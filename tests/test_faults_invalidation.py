@@ -10,6 +10,7 @@ import pytest
 from shared.embedded import EmbeddedRedis
 from shared.keys import INVALIDATION_GROUP
 from shared.postgres import EmbeddedPostgres
+from shared.scripts import SCRIPTS
 from tests import faults_support
 from tests.databases import Database
 from tests.faults_support import Pond, until
@@ -188,3 +189,32 @@ async def test_a_restart_of_redis_loses_no_sweep(own_pond: Pond, own_server: Emb
             await until(lambda: own_pond.redis.ping(), "Redis is back")
             await stock.worked_off()
     assert await stock.left() == set(ANSWERS) - GONE
+
+
+async def test_what_no_text_of_postgresql_can_hold_stops_nobody(pond: Pond, stock: Stock) -> None:
+    """The script takes any name; other languages' clients need not look at it as ours does."""
+    names = pond.all_names()[0]
+    async with pond.working("invalidation"), pond.client() as client:
+        assert await forget(client, tags=["x"]) == (0, 0)
+        for tag in (b"prefix:no\0body", b"no\0body"):
+            call = SCRIPTS["invalidate"].call([names.invalidations, names.tags], [b"who\0\nwhy\0", 1000, tag])
+            pond.redis.execute_command(*call)
+        assert await forget(client, tags=["a"]) == (len(GONE), len(GONE))
+        await stock.worked_off()
+    async with pond.working("invalidation"), pond.client() as client:
+        assert await forget(client, tags=["y"]) == (0, 0)
+
+
+async def test_a_connection_cut_between_the_audit_and_its_acknowledgement_counts_nothing_twice(
+    pond: Pond, stock: Stock
+) -> None:
+    async with pond.client() as client, pond.process("invalidation", fault="stop@invalidation_after_audit") as cut:
+        assert await client.invalidate(tags=["a"])
+        await asyncio.to_thread(cut.await_stopped)
+        for one in pond.redis.client_list():
+            if one["name"].startswith("millpond-invalidation"):
+                pond.redis.client_kill_filter(_id=one["id"])
+        cut.sigcont()
+        await stock.worked_off()
+    (audit,) = await stock.audit()
+    assert (audit["l2"], audit["l3"]) == (len(GONE), len(GONE))

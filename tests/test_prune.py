@@ -215,7 +215,7 @@ async def test_without_a_database_nothing_is_pruned_where_answers_are_persisted(
 async def test_a_pruning_that_dies_anywhere_is_finished_by_the_next(
     pond: Pond, partitions: int, stock: Stock, point: str
 ) -> None:
-    pond.options |= {"marker_age": 0.2}
+    pond.options |= {"marker_age": 0.2, "background_lease": 1.0}
     async with pond.client() as client:
         await client.invalidate(tags=["a"], prefix="doc:")
         async with pond.process("invalidation", fault=f"kill@{point}") as victim:
@@ -224,6 +224,7 @@ async def test_a_pruning_that_dies_anywhere_is_finished_by_the_next(
             await until(lambda: not any(pond.redis.hexists(k.tags, "a") for k in pond.all_names()), "all is pruned")
             assert not any(pond.redis.hexists(k.tags, "#prefixes") for k in pond.all_names())
             await forget(client, tags=["x"])
+            await stock.worked_off()
     assert await stock.left() == {1, 3, 4}
 
 

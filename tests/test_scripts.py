@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shared import keys
+from shared.entry import pack
 from shared.scripts import SCRIPTS
 from tests import scripts_support
 from tests.scripts_support import FOREVER, KEY, K, Scripts
@@ -287,15 +288,15 @@ def test_every_script_says_what_it_takes_returns_and_closes() -> None:
         assert all(part in header for part in ("-- KEYS", "-- ARGV", "-- Returns", "-- Closes:")), script.name
 
 
-def test_of_two_values_put_in_one_millisecond_the_second_is_the_younger(pond: Pond) -> None:
+def test_of_two_values_put_in_one_millisecond_the_second_is_the_younger(scripts: Scripts) -> None:
     names = [K.entry(KEY), K.tags, K.landed, K.invalidations]
     meta, _ = pack(b"{}", model="m", compute_ms=1, compress_above=9999)
-    pond.run("XGROUP", "CREATE", K.landed, "persistence", "0", "MKSTREAM")
+    scripts.run("XGROUP", "CREATE", K.landed, "persistence", "0", "MKSTREAM")
     put = SCRIPTS["put"].call(names, [KEY, "", "a", 60_000, 0, 0, 60_000, meta, "1", 100, 100])
-    pipeline = pond.redis.pipeline(transaction=True)  # the server's clock stands still within it
+    pipeline = scripts.redis.pipeline(transaction=True)  # the server's clock stands still within it
     for _ in range(3):
         pipeline.execute_command(*put)
     assert pipeline.execute() == [b"stored"] * 3
-    created = [int(fields[b"entry"].split(b" ")[2]) for _, fields in pond.redis.xrange(K.landed)]
+    created = [int(fields[b"entry"].split(b" ")[2]) for _, fields in scripts.redis.xrange(K.landed)]
     assert len(set(created)) == 3
     assert created == sorted(created)

@@ -32,10 +32,22 @@ class Owed:
     swept_l2: bool = False
     l2: int = 0
     l3: int = 0
+    #: what the audit counts already: it is not counted again when the telling has to be repeated
+    known: int = 0
+
+    @property
+    def deleted(self) -> int:
+        """How many answers this worker has deleted for it."""
+        return self.known + self.l2 + self.l3
+
+    def audited(self) -> None:
+        """Remember that the audit has it. An inquiry's count is no sum: it stays."""
+        if not self.entry.inquiry:
+            self.known, self.l2, self.l3 = self.deleted, 0, 0
 
 
 async def write(pool: Pool, partition: int, owed: Sequence[Owed]) -> dict[str, tuple[int, int]]:
-    """Add to the audit; return by id what was deleted in all, from L2 and from L3.
+    """Add to the audit, each count once; return by id what was deleted in all, from L2 and from L3.
 
     Raises:
         one of `DATABASE_ERRORS`.
@@ -46,14 +58,21 @@ async def write(pool: Pool, partition: int, owed: Sequence[Owed]) -> dict[str, t
         partition,
         [e.id for e in entries],
         [epoch_of(e.id)[0] for e in entries],
-        [e.by for e in entries],
-        [e.reason for e in entries],
-        ["\n".join(e.labels) for e in entries],
+        [_plain(e.by) for e in entries],
+        [_plain(e.reason) for e in entries],
+        [_plain("\n".join(e.labels)) for e in entries],
         [e.inquiry for e in entries],
         [one.l2 for one in owed],
         [one.l3 for one in owed],
     )
+    for one in owed:
+        one.audited()
     return {row["id"]: (row["l2"], row["l3"]) for row in rows}
+
+
+def _plain(text: str) -> str:
+    """Return a text as PostgreSQL can hold it: whoever writes to the log by hand may name anything."""
+    return text.replace("\0", "\ufffd")
 
 
 async def remembered(pool: Pool, partition: int) -> list[tuple[str, Epoch]]:

@@ -292,7 +292,7 @@ class InvalidationConsumer(Consumer):
             telling.append(("PEXPIRE", swept, _SWEPT_MS))
         ids = sorted(self._owed, key=_order)
         await self.link.send([*telling, SCRIPTS["ack"].call([k.invalidations], [self.group, self.name, *ids])])
-        self.counters.add("swept", sum(owed.l2 + owed.l3 for owed in self._owed.values() if not owed.entry.inquiry))
+        self.counters.add("swept", sum(owed.deleted for owed in self._owed.values() if not owed.entry.inquiry))
         self._owed.clear()
 
     async def _catch_up(self) -> None:
@@ -332,7 +332,7 @@ class InvalidationConsumer(Consumer):
             log.warning("%s: L3 is swept later (%r)", self.name, error)
         self._pause = min(max(2 * self._pause, _BACKOFF[0]), _BACKOFF[1])
         self._again_at = time.monotonic() + self._pause * random.uniform(0.5, 1.5)
-        known = [(self.keys.swept(owed.entry.id), owed.l2) for owed in self._owed.values()]
+        known = [(self.keys.swept(owed.entry.id), owed.l2) for owed in self._owed.values() if not owed.known]
         await self.link.send(
             [part for name, l2 in known for part in (("HSET", name, "l2", l2), ("PEXPIRE", name, _SWEPT_MS))]
         )

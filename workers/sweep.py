@@ -176,6 +176,8 @@ def _conditions(marks: Iterable[tuple[str, Epoch]]) -> list[tuple[str, Sequence[
     by_condition: dict[str, list[tuple[str, Epoch]]] = {_KEYED: [], _TAGGED: [], _BEGUN: []}
     for label, at in marks:
         kind, _, rest = label.partition(":")
+        if "\0" in label:
+            continue  # PostgreSQL knows no such text
         if label == "all":
             by_condition[_BEGUN].append(("", at))
         elif kind == "prefix" and rest:
@@ -183,7 +185,7 @@ def _conditions(marks: Iterable[tuple[str, Epoch]]) -> list[tuple[str, Sequence[
         elif kind == "key":
             if _KEY.fullmatch(rest):
                 by_condition[_KEYED].append((rest, at))
-        elif "\0" not in label:  # PostgreSQL knows no such text
+        else:
             by_condition[_TAGGED].append((label, at))
     return [(where, page) for where, found in by_condition.items() for page in _pages(found, _LABELS)]
 
