@@ -5,6 +5,7 @@ Only workers and the operator's commands import this module; it needs asyncpg, w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -25,6 +26,7 @@ DATABASE_ERRORS: tuple[type[BaseException], ...] = (
 )
 
 CONNECT_TIMEOUT = 5.0
+NO_POSTGRES = "no PostgreSQL: run `millpond up` in another terminal, or set MILLPOND_DATABASE_URL"
 #: A pool would warn with a traceback each time a connection fails: whoever asks it says so already, in one line.
 logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
 _JSONB_VERSION = b"\x01"
@@ -62,7 +64,7 @@ async def connect_pool(
     """
     url = where if isinstance(where, str) else resolve_database_url(where)
     if url is None:
-        raise Unavailable("no PostgreSQL: run `millpond up` in another terminal, or set MILLPOND_DATABASE_URL")
+        raise Unavailable(NO_POSTGRES)
     try:
         return await asyncpg.create_pool(
             url,
@@ -75,6 +77,30 @@ async def connect_pool(
         )
     except DATABASE_ERRORS as error:
         raise Unavailable(cannot_reach(error)) from None
+
+
+class LatePool:
+    """A pool that several share, made once there is a server to connect to."""
+
+    def __init__(self, settings: Settings, *, name: str, command_timeout: float | None = 60.0) -> None:
+        self._settings = settings
+        self._name = name
+        self._command_timeout = command_timeout
+        self._pool: asyncpg.Pool | None = None
+        self._opening = asyncio.Lock()
+
+    async def get(self) -> asyncpg.Pool | None:
+        """Return it; None while no server is known, or the deployment does without."""
+        async with self._opening:
+            if self._pool is None and (url := resolve_database_url(self._settings)) is not None:
+                timeout = self._command_timeout
+                self._pool = await connect_pool(url, name=self._name, size=2, command_timeout=timeout)
+        return self._pool
+
+    def close(self) -> None:
+        """Drop its connections."""
+        if self._pool is not None:
+            self._pool.terminate()
 
 
 def cannot_reach(error: BaseException) -> str:

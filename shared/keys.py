@@ -72,6 +72,11 @@ class PartitionKeys:
         self.failed_prefix = f"{tag}:failed:"
         self.swept_prefix = f"{tag}:swept:"
 
+    @property
+    def read_in_groups(self) -> tuple[str, ...]:
+        """The streams that consumer groups read."""
+        return (self.requests, self.fills, self.refreshes, self.landed, self.touches, self.invalidations)
+
     def entry(self, key: str) -> str:
         """String: the L2 entry, PX: its probation, its promoted life, at most its hard expiry and `stale_if_error`."""
         return self.entry_prefix + key

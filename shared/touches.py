@@ -23,6 +23,8 @@ BOUNDS = (
     1200, 1500, 2000, 2500, 3000, 4000, 5000, 6000, 8000, 10_000, 12_000, 15_000, 20_000, 25_000, 30_000, 40_000,
     60_000,
 )  # fmt: skip
+#: Every way a request is answered, in the order of reports; the last two joined a computation, and began one.
+TIERS = ("l1", "l2", "l3", "semantic", "stale", "collapsed", "llm")
 #: The tiers whose hits are reported per key, in this order.
 KEYED = ("l1", "l2", "l3")
 _EVERY = 1.0

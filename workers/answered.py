@@ -9,6 +9,7 @@ from typing import Any
 from shared.faults import fault_point
 from shared.link import Command
 from shared.scripts import SCRIPTS
+from workers.consumer import in_order
 
 log = logging.getLogger("millpond.worker")
 
@@ -69,7 +70,7 @@ class Answered:
         if not self._retiring or not (now or len(self._retiring) >= self._most or moment >= self._retire_at):
             return [], 0
         self._retire_at = moment + self._patience
-        ids = sorted(self._retiring, key=_id_order)
+        ids = in_order(self._retiring)
         return [SCRIPTS["retire"].call([self._stream], [*self._owner, *ids])], len(ids)
 
     def retired(self, count: int) -> None:
@@ -81,8 +82,3 @@ class Answered:
         self._replies.clear()
         self._messages.clear()
         self._retiring.clear()
-
-
-def _id_order(message_id: bytes) -> tuple[int, int]:
-    ms, seq = message_id.split(b"-")
-    return int(ms), int(seq)

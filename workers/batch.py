@@ -95,6 +95,13 @@ class Batch:
         return self.outbox.take(self.not_after_ms), answered
 
 
+def fits(entry: Entry, question: Question, now_ms: int) -> bool:
+    """Whether an entry is fresh enough for a request."""
+    if question.lead and entry.fresh_ms <= now_ms:
+        return False  # nobody else can refresh what the application computes
+    return question.max_age_ms is None or entry.created_ms >= now_ms - question.max_age_ms
+
+
 @lru_cache(4096)
 def channel_of(reply: bytes) -> str:
     """Return the name of a reply channel ('': nobody waits); raise `InvalidRequest` if it cannot be one."""

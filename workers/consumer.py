@@ -64,6 +64,17 @@ def messages_of(raw: Iterable[Any]) -> list[Message]:
     return [Message(e[0], dict(zip(e[1][::2], e[1][1::2], strict=True))) for e in raw if e[1]]
 
 
+def order_of(message_id: bytes) -> tuple[int, int]:
+    """Return a message's id as a pair that compares."""
+    ms, _, seq = message_id.partition(b"-")
+    return int(ms), int(seq)
+
+
+def in_order(ids: Iterable[bytes]) -> list[bytes]:
+    """Return ids in ascending order, as `ack`, `hold` and `retire` take them."""
+    return sorted(ids, key=order_of)
+
+
 def server_ms(reply: Any) -> int:
     """Return the milliseconds of a reply to TIME."""
     return int(reply[0]) * 1000 + int(reply[1]) // 1000

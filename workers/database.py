@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from shared.database import DATABASE_ERRORS, connect_pool
+from shared.database import DATABASE_ERRORS, connect_pool, resolve_database_url
 from shared.settings import Settings
+from shared.tiers.l3 import L3
+from workers.crew import Crew
 
 log = logging.getLogger("millpond.worker")
 
@@ -25,7 +27,6 @@ T = TypeVar("T")
 ROW_ERRORS = (
     asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError,
 )  # fmt: skip
-_AWAY_ERRORS = (*DATABASE_ERRORS, asyncpg.InternalClientError)
 #: Seconds that a transaction, or coming by a connection, may take.
 _LONGEST = 30.0
 _DAYS_AHEAD = 2
@@ -71,7 +72,7 @@ class Database:
                 raise
         except ROW_ERRORS:
             raise
-        except _AWAY_ERRORS as error:
+        except DATABASE_ERRORS as error:
             self._is_away(error)
             raise Away(str(error)) from error
         self._seen = True
@@ -135,6 +136,27 @@ class Database:
             self._away_since = time.monotonic()
             what = str(error) or type(error).__name__
             log.warning("PostgreSQL is away (%s); what it should get waits in Redis", what)
+
+
+class OneL3:
+    """The L3 that all consumers of one process share, made for the first of them."""
+
+    def __init__(self, settings: Settings, *, timeout: float, connections: int = 4) -> None:
+        self._settings = settings
+        self._timeout = timeout
+        self._connections = connections
+        self._made: L3 | None = None
+
+    def of(self, crew: Crew) -> L3 | None:
+        """Return it; None where there is no PostgreSQL."""
+        if self._made is None and (url := resolve_database_url(self._settings)) is not None:
+            self._made = L3(url, crew.counters, timeout=self._timeout, connections=self._connections)
+        return self._made
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._made is not None:
+            await self._made.close()
 
 
 async def _in_transaction(connection: Any, work: Callable[[Any], Awaitable[T]]) -> T:

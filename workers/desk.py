@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from asyncpg import Pool
 
-from shared.database import connect_pool, resolve_database_url
+from shared.database import LatePool
 from shared.link import Link
 from shared.settings import Settings
 
@@ -22,20 +21,13 @@ class Desk:
         self.settings = settings
         self.partitions = partitions
         self.link = Link(url, name="millpond-schedule")
-        self._pool: Pool | None = None
-        self._opening = asyncio.Lock()
+        self._database = LatePool(settings, name="millpond-schedule", command_timeout=None)
 
     async def database(self) -> Pool | None:
         """Return connections to PostgreSQL, made as they are needed; None where the deployment has no database."""
-        async with self._opening:
-            if self._pool is None:
-                url = resolve_database_url(self.settings)
-                if url is not None:
-                    self._pool = await connect_pool(url, name="millpond-schedule", size=2, command_timeout=None)
-            return self._pool
+        return await self._database.get()
 
     async def close(self) -> None:
         """Let all connections go."""
         await self.link.close()
-        if self._pool is not None:
-            self._pool.terminate()
+        self._database.close()

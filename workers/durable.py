@@ -12,7 +12,7 @@ from rich.console import Console
 
 import migrations
 from shared import console, settings
-from shared.database import CONNECT_TIMEOUT, DATABASE_ERRORS, resolve_database_url
+from shared.database import CONNECT_TIMEOUT, DATABASE_ERRORS, NO_POSTGRES, resolve_database_url
 from shared.errors import Unavailable
 from shared.settings import Settings
 
@@ -94,7 +94,7 @@ def migrate(as_json: Annotated[bool, typer.Option("--json", help="Print JSON ins
     with console.reporting(as_json):
         url = resolve_database_url(settings.load())
         if url is None:
-            raise Unavailable("no PostgreSQL: run `millpond up` in another terminal, or set MILLPOND_DATABASE_URL")
+            raise Unavailable(NO_POSTGRES)
         before = migrations.current(url)
         applied = migrations.migrate(url)
         after = migrations.KNOWN[-1]

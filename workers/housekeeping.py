@@ -104,10 +104,7 @@ async def dead_consumers(desk: Desk) -> Result:
     lease = max(desk.settings.lookup_lease, desk.settings.llm_lease, desk.settings.background_lease)
     idle_ms = max(SILENT, 10 * lease) * 1000
     for names in map(PartitionKeys, range(desk.partitions)):
-        streams = (
-            names.requests, names.fills, names.refreshes, names.landed, names.touches, names.invalidations,
-        )  # fmt: skip
-        for stream in streams:
+        for stream in names.read_in_groups:
             for group in await _about(desk, ("XINFO", "GROUPS", stream)):
                 await _dismiss(desk, stream, group[b"name"], idle_ms, counts)
     return dict(counts)

@@ -19,15 +19,15 @@ from typing import Any
 from asyncpg import Pool
 
 from shared import keys
-from shared.database import DATABASE_ERRORS, connect_pool, resolve_database_url
+from shared.database import DATABASE_ERRORS, LatePool
 from shared.faults import fault_point
 from shared.keys import PartitionKeys
-from shared.link import LINK_ERRORS
+from shared.link import LINK_ERRORS, Command
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from workers import audit
 from workers.audit import Owed
-from workers.consumer import Consumer, Message, messages_of
+from workers.consumer import Consumer, Message, in_order, messages_of, order_of
 from workers.crew import Crew
 from workers.prune import caught_up, persisted, prune
 from workers.runtime import run_crew
@@ -45,34 +45,12 @@ _YOUNG = 60.0
 _PATIENCE = 1.0
 
 
-class Database:
-    """The pool all consumers of this process share; made when there is a server to connect to."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.wanted = settings.l3
-        self._settings = settings
-        self._pool: Pool | None = None
-        self._opening = asyncio.Lock()
-
-    async def pool(self) -> Pool | None:
-        """Return it; None while no server is known."""
-        async with self._opening:
-            if self._pool is None and (url := resolve_database_url(self._settings)) is not None:
-                self._pool = await connect_pool(url, name="millpond-invalidation", size=2)
-        return self._pool
-
-    def close(self) -> None:
-        """Drop its connections."""
-        if self._pool is not None:
-            self._pool.terminate()
-
-
 class InvalidationConsumer(Consumer):
     """Sweeps one partition."""
 
     group = keys.INVALIDATION_GROUP
 
-    def __init__(self, crew: Crew, partition_keys: PartitionKeys, database: Database) -> None:
+    def __init__(self, crew: Crew, partition_keys: PartitionKeys, database: LatePool) -> None:
         super().__init__(crew, partition_keys)
         self._database = database
         self._owed: dict[bytes, Owed] = {}
@@ -119,11 +97,11 @@ class InvalidationConsumer(Consumer):
     async def tell_poisoned(self, stream: str, message: Message, since_ms: int) -> None:
         """Nobody waits for more than a count."""
 
-    async def bury(self, stream: str, message_id: bytes, reason: str, deliveries: int) -> None:
-        """Acknowledge it only: whoever holds an L1 follows this log, and must not miss an entry."""
+    def bury_command(self, stream: str, message_id: bytes, reason: str, deliveries: int) -> Command:
+        """Return the command that lets go of an entry. It stays: whoever holds an L1 follows this log."""
         log.error("%s: giving up sweeping for %s: %s", self.name, message_id.decode(), reason)
         self.counters.add("dead")
-        await self.link.call(SCRIPTS["ack"].call([stream], [self.group, self.name, message_id]))
+        return SCRIPTS["ack"].call([stream], [self.group, self.name, message_id])
 
     async def prepare(self) -> None:
         """Create the group; sweep for all that may have gone unseen."""
@@ -159,7 +137,7 @@ class InvalidationConsumer(Consumer):
         read, first, groups = self.checked([*results[1:], results[0]])
         seen = next(_last_delivered(group) for group in groups if self.group.encode() in group)
         # Trimmed from its head, the log may have lost entries between what was read, or swept for, and its first one.
-        if first and _order(first[0][0]) > max(_order(seen), _order(self._swept_from)):
+        if first and order_of(first[0][0]) > max(order_of(seen), order_of(self._swept_from)):
             self._all_of_l2 = self._all_of_l3 = True
             self._swept_from = first[0][0]
         if read:
@@ -180,9 +158,7 @@ class InvalidationConsumer(Consumer):
         if len(done) < len(messages):
             fault_point("invalidation_after_read")
         if done:
-            await self.link.call(
-                SCRIPTS["ack"].call(list(self.streams), [self.group, self.name, *sorted(done, key=_order)])
-            )
+            await self.link.call(SCRIPTS["ack"].call(list(self.streams), [self.group, self.name, *in_order(done)]))
 
     def _due(self) -> bool:
         return time.monotonic() >= self._again_at
@@ -205,7 +181,7 @@ class InvalidationConsumer(Consumer):
             doing.result()
 
     async def _hold(self) -> None:
-        if ids := sorted(self._owed, key=_order):
+        if ids := in_order(self._owed):
             await self.link.call(SCRIPTS["hold"].call(list(self.streams), [self.group, self.name, *ids]))
 
     @asynccontextmanager
@@ -259,7 +235,7 @@ class InvalidationConsumer(Consumer):
             owed.swept_l2 = True
 
     async def _all_written(self) -> bool:
-        newest = max((_order(i)[0] for i, owed in self._owed.items() if not owed.entry.inquiry), default=0)
+        newest = max((order_of(i)[0] for i, owed in self._owed.items() if not owed.entry.inquiry), default=0)
         return not newest or await caught_up(self.link, self.keys, newest, _PATIENCE)
 
     async def _sweep_l3(self, pool: Pool) -> None:
@@ -290,7 +266,7 @@ class InvalidationConsumer(Consumer):
                 how = ("HSET", swept, "l2") if entry.inquiry else ("HINCRBY", swept, "l2")
                 telling += [(*how, owed.l2), ("HSET", swept, "done", 1)]
             telling.append(("PEXPIRE", swept, _SWEPT_MS))
-        ids = sorted(self._owed, key=_order)
+        ids = in_order(self._owed)
         await self.link.send([*telling, SCRIPTS["ack"].call([k.invalidations], [self.group, self.name, *ids])])
         self.counters.add("swept", sum(owed.deleted for owed in self._owed.values() if not owed.entry.inquiry))
         self._owed.clear()
@@ -322,8 +298,8 @@ class InvalidationConsumer(Consumer):
         Raises:
             ConnectionError: they are, but no server is known now.
         """
-        pool = await self._database.pool()
-        if pool is None and self._database.wanted and await persisted(self.link, self.keys):
+        pool = await self._database.get()
+        if pool is None and self.settings.l3 and await persisted(self.link, self.keys):
             raise ConnectionError("no PostgreSQL is known, but answers were persisted")
         return pool
 
@@ -360,13 +336,9 @@ def _last_delivered(group: list[Any]) -> bytes:
     return bytes(dict(zip(group[::2], group[1::2], strict=True))[b"last-delivered-id"])
 
 
-def _order(message_id: bytes) -> tuple[int, int]:
-    return epoch_of(message_id.decode())
-
-
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
     """Run an invalidation worker over every partition until `stop` is set."""
-    database = Database(settings)
+    database = LatePool(settings, name="millpond-invalidation")
     try:
         await run_crew(
             "invalidation", settings, stop, on_ready, lambda crew, k: InvalidationConsumer(crew, k, database)

@@ -1,7 +1,8 @@
 """The LLM worker: computes flights, lands them, tells everyone aboard.
 
-It takes as many fills as it has free slots, refreshes only when no fill waits, and renews what it computes five times
-per lease. Whatever it writes is fenced by ownership; when it loses a lease it cancels the call and writes nothing.
+It takes as many fills as it has free slots, refreshes in the slots that they leave (half of all at most), and renews
+what it computes five times per lease. Whatever it writes is fenced by ownership; when it loses a lease it cancels the
+call and writes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import orjson
 
 from shared import keys
-from shared.database import resolve_database_url
 from shared.embedded import resolve_url
 from shared.entry import Unreadable
 from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError
@@ -32,6 +32,7 @@ from shared.tiers.l3 import L3
 from shared.touches import Touches
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
+from workers.database import OneL3
 from workers.flight import Fill, LeaseLost, Outcome, Progress
 from workers.runtime import run_crew
 from workers.settling import Settling
@@ -320,11 +321,9 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
     chains.check()
     url = resolve_url(settings)
     limits, breaker = RateLimits(settings, url), Breaker(settings, url)
-    database, tiers = resolve_database_url(settings), list[L3]()
+    l3 = OneL3(settings, timeout=settings.l3_timeout, connections=1)
 
     def consumer(crew: Crew, partition_keys: PartitionKeys) -> LLMConsumer:
-        if database is not None and not tiers:
-            tiers.append(L3(database, crew.counters, timeout=settings.l3_timeout, connections=1))
         if settings.concurrency < crew.partitions:
             raise ConfigError(
                 f"an LLM worker reads all {crew.partitions} partitions and needs a slot for each: "
@@ -340,7 +339,7 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
             chains=chains,
             limits=limits,
             breaker=breaker,
-            l3=tiers[0] if tiers else None,
+            l3=l3.of(crew),
             slots=slots,
         )
 
@@ -350,5 +349,4 @@ async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str],
         await chains.close()
         await breaker.close()
         await limits.close()
-        for tier in tiers:
-            await tier.close()
+        await l3.close()

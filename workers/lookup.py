@@ -14,7 +14,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 from shared import keys
-from shared.database import resolve_database_url
 from shared.entry import Entry, Unreadable, unpack
 from shared.errors import DeadlineExceeded, InvalidRequest, MillpondError, NotCached, Overloaded, Poisoned
 from shared.faults import fault_point
@@ -29,9 +28,10 @@ from shared.tiers.l1 import L1
 from shared.tiers.l3 import L3
 from shared.touches import Touches
 from workers.answered import Answered
-from workers.batch import Ask, Batch, read_ask
+from workers.batch import Ask, Batch, fits, read_ask
 from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
+from workers.database import OneL3
 from workers.dives import Dives
 from workers.joining import Joining, lead_payload
 from workers.refreshing import Refreshing
@@ -236,7 +236,7 @@ class LookupConsumer(Consumer):
             entry = self.l1.get(question.key, batch.now_ms) if question.reads else None
             # Tags the entry does not carry were not watched for it: the server's markers must be asked.
             tagged = not question.own_tags or (entry and set(question.own_tags) <= set(entry.tags))
-            if entry and tagged and _fits(entry, question, batch.now_ms):
+            if entry and tagged and fits(entry, question, batch.now_ms):
                 self._serve(batch, [ask], entry, "l1")
             else:
                 alone = ask.request_id if question.mode == "bypass" else b""
@@ -287,7 +287,7 @@ class LookupConsumer(Consumer):
         return bytes(fence)
 
     def _found(self, batch: Batch, question: Question, asks: list[Ask], entry: Entry, tier: str) -> None:
-        if _fits(entry, question, batch.now_ms):
+        if fits(entry, question, batch.now_ms):
             self._serve(batch, asks, entry, tier)
             del batch.missing[question, b""]
 
@@ -392,24 +392,10 @@ class LookupConsumer(Consumer):
         # LOST, or an unreadable entry: nothing was acknowledged; whoever owns the messages joins them again.
 
 
-def _fits(entry: Entry, question: Question, now_ms: int) -> bool:
-    if question.lead and entry.fresh_ms <= now_ms:
-        return False  # nobody else can refresh what the application computes
-    return question.max_age_ms is None or entry.created_ms >= now_ms - question.max_age_ms
-
-
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
     """Run a lookup worker over every partition until `stop` is set."""
-    tiers: list[L3] = []
-
-    def consumer(crew: Crew, partition_keys: PartitionKeys) -> LookupConsumer:
-        url = resolve_database_url(settings)
-        if url is not None and not tiers:
-            tiers.append(L3(url, crew.counters, timeout=settings.l3_timeout))
-        return LookupConsumer(crew, partition_keys, l3=tiers[0] if tiers else None)
-
+    l3 = OneL3(settings, timeout=settings.l3_timeout)
     try:
-        await run_crew("lookup", settings, stop, on_ready, consumer)
+        await run_crew("lookup", settings, stop, on_ready, lambda crew, k: LookupConsumer(crew, k, l3=l3.of(crew)))
     finally:
-        for tier in tiers:
-            await tier.close()
+        await l3.close()

@@ -108,9 +108,7 @@ def look(connection: redis.Redis) -> Overview:
     for names in map(PartitionKeys, range(partitions)):
         lengths.append(_lengths(connection, names))
         backlog.append(_oldest(connection, names.landed))
-        for stream in (
-            names.requests, names.fills, names.refreshes, names.landed, names.touches, names.invalidations,
-        ):  # fmt: skip
+        for stream in names.read_in_groups:
             queues += _queues(connection, names.partition, stream, alive)
     return Overview(
         partitions=partitions,
@@ -124,9 +122,7 @@ def look(connection: redis.Redis) -> Overview:
 
 def _lengths(connection: redis.Redis, names: PartitionKeys) -> dict[str, int]:
     pipe = connection.pipeline(transaction=False)
-    streams = (
-        names.requests, names.fills, names.refreshes, names.landed, names.touches, names.invalidations, names.dead,
-    )  # fmt: skip
+    streams = (*names.read_in_groups, names.dead)
     for stream in streams:
         pipe.execute_command("XLEN", stream)
     return {_short(stream): int(length) for stream, length in zip(streams, pipe.execute(), strict=True)}

@@ -23,7 +23,7 @@ from shared.faults import fault_point
 from shared.keys import PartitionKeys
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
-from workers.consumer import Consumer, Message, messages_of
+from workers.consumer import Consumer, Message, in_order, messages_of
 from workers.crew import Crew
 from workers.database import ROW_ERRORS, Away, Database
 from workers.records import Landed, Touched, read_landed, read_touches
@@ -193,7 +193,7 @@ class PersistenceConsumer(Consumer):
 
     async def _acknowledge(self, stream: str, ids: list[bytes]) -> None:
         script = SCRIPTS["retire"] if stream == self.keys.landed else SCRIPTS["ack"]
-        done = await self.link.call(script.call([stream], [self.group, self.name, *sorted(ids, key=_order)]))
+        done = await self.link.call(script.call([stream], [self.group, self.name, *in_order(ids)]))
         if done < len(ids):
             self.counters.add("leases_lost", len(ids) - done)
             log.warning("%s: %d of %d belong to another worker; not acknowledged", self.name, len(ids) - done, len(ids))
@@ -221,7 +221,7 @@ class PersistenceConsumer(Consumer):
         while True:
             await asyncio.sleep(self.lease / 5)
             commands = [
-                SCRIPTS["hold"].call([stream], [self.group, self.name, *sorted(ids, key=_order)])
+                SCRIPTS["hold"].call([stream], [self.group, self.name, *in_order(ids)])
                 for stream, ids in self._held.items()
                 if ids
             ]
@@ -235,11 +235,6 @@ def _count_of(messages: Sequence[Message]) -> int:
     """Return how many messages of this weight to read at once."""
     weight = sum(len(value) for message in messages for value in message.fields.values())
     return max(1, min(_BATCH, _BATCH_BYTES * len(messages) // max(1, weight)))
-
-
-def _order(message_id: bytes) -> tuple[int, int]:
-    ms, _, seq = message_id.partition(b"-")
-    return int(ms), int(seq)
 
 
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:

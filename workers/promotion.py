@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 
 from shared import keys
-from shared.database import resolve_database_url
 from shared.entry import Entry, Unreadable, unpack
 from shared.faults import fault_point
 from shared.keys import PartitionKeys, partition_of
@@ -28,9 +27,9 @@ from shared.profiles import DEFAULT_PROFILE, Profile
 from shared.scripts import SCRIPTS, Arg
 from shared.settings import Settings
 from shared.tiers import l2
-from shared.tiers.l3 import L3
-from workers.consumer import Consumer, Message, messages_of, server_ms
+from workers.consumer import Consumer, Message, in_order, messages_of, server_ms
 from workers.crew import Crew
+from workers.database import OneL3
 from workers.runtime import run_crew
 
 if TYPE_CHECKING:
@@ -231,7 +230,7 @@ class PromotionConsumer(Consumer):
             self.counters.add("promoted", tended.prolonged)
             self.counters.add("rehydrated", tended.written)
         fault_point("promotion_before_ack")
-        ids = sorted((m.id for m in messages), key=_in_order)
+        ids = in_order(message.id for message in messages)
         await self.link.call(SCRIPTS["ack"].call([self.keys.touches], [self.group, self.name, *ids]))
 
 
@@ -271,24 +270,13 @@ async def sweep(
 
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
     """Run a promotion worker over every partition until `stop` is set."""
-    url = resolve_database_url(settings)
-    tiers: list[L3] = []
-
-    def consumer(crew: Crew, partition_keys: PartitionKeys) -> PromotionConsumer:
-        if url is not None and not tiers:
-            tiers.append(L3(url, crew.counters, timeout=_PATIENCE))
-        return PromotionConsumer(crew, partition_keys, l3=tiers[0] if tiers else None)
-
+    l3 = OneL3(settings, timeout=_PATIENCE)
     try:
-        await run_crew("promotion", settings, stop, on_ready, consumer)
+        await run_crew(
+            "promotion", settings, stop, on_ready, lambda crew, k: PromotionConsumer(crew, k, l3=l3.of(crew))
+        )
     finally:
-        for tier in tiers:
-            await tier.close()
-
-
-def _in_order(message_id: bytes) -> tuple[int, int]:
-    ms, _, sequence = message_id.partition(b"-")
-    return int(ms), int(sequence)
+        await l3.close()
 
 
 def _parts(items: Iterable[Any], size: int) -> list[list[Any]]:

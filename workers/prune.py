@@ -32,6 +32,7 @@ from shared.faults import fault_point
 from shared.keys import PartitionKeys
 from shared.link import Link
 from shared.scripts import SCRIPTS
+from workers.consumer import server_ms
 from workers.sweep import Epoch, Tally, epoch_of, markers, sweep_l2, sweep_l3
 
 log = logging.getLogger("millpond.worker")
@@ -81,8 +82,7 @@ async def prune(
     k, partition = partition_keys, partition_keys.partition
     if pool is None and await persisted(link, k):
         return Pruned(partition, "no-database")
-    now = await link.call(("TIME",))
-    cutoff: Epoch = (int(now[0]) * 1000 + int(now[1]) // 1000 - int(older_than * 1000), 0)
+    cutoff: Epoch = (server_ms(await link.call(("TIME",))) - int(older_than * 1000), 0)
     old = {label: at for label, at in (await markers(link, k)).items() if epoch_of(at) < cutoff}
     if not old:
         return Pruned(partition, "nothing")

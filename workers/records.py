@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import orjson
 
 from shared.entry import Unreadable, unpack
-from shared.touches import BOUNDS
+from shared.touches import BOUNDS, TIERS
 
-#: Latency buckets of a hit's histogram; their bounds are those of the touches.
+#: Latency buckets of a hit's histogram.
 BUCKETS = len(BOUNDS) + 1
-TIERS = frozenset({"l1", "l2", "l3", "semantic", "stale", "collapsed", "llm"})
 _Binary = bytes  # `answers` has a column named bytes
 _BIRTH = datetime(1970, 1, 1, tzinfo=UTC)
 _INT, _BIGINT = (1 << 31) - 1, (1 << 63) - 1

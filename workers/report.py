@@ -18,11 +18,11 @@ import orjson
 from shared.errors import CODES, InvalidRequest
 from shared.settings import Experiment
 from shared.times import moment
-from shared.touches import BOUNDS
+from shared.touches import BOUNDS, TIERS
 from workers.account import Line
 from workers.comparison import Variant, compare
 from workers.intervals import Ratio, percentile
-from workers.report_sql import COMPUTED, HOURS_QUERY, NAMED, PROVIDERS_QUERY, TIERS, TIERS_QUERY, TOP_QUERY, By, account
+from workers.report_sql import COMPUTED, HOURS_QUERY, NAMED, PROVIDERS_QUERY, TIERS_QUERY, TOP_QUERY, By, account
 
 _HOUR = timedelta(hours=1)
 #: Longest prompt shown beside a key.

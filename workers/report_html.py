@@ -8,11 +8,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from shared.touches import TIERS
 from workers import report_charts as charts
 from workers import report_words as words
 from workers.account import Line
 from workers.report import Report
-from workers.report_sql import TIERS
 from workers.report_table import notes
 
 _GROUPS = ("model", "profile", "tenant")

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from shared.touches import BOUNDS
+from shared.touches import BOUNDS, TIERS
 
 By = Literal["day", "hour", "tier", "profile", "tenant", "model", "experiment"]
 
 #: A request that joined a computation, and one that began it.
 COMPUTED = ("collapsed", "llm")
-#: Every way a request is answered.
-TIERS = ("l1", "l2", "l3", "semantic", "stale", *COMPUTED)
 #: Dimensions whose lines are in the order of their names.
 NAMED = ("day", "hour", "experiment")
 

@@ -51,6 +51,7 @@ COUNTERS = {
     "overloaded": "requests refused because the queue of the LLM workers was full",
     "handed_over": "requests moved to the partition they belong to",
     "abandoned": "computations dropped because nobody waited any longer",
+    "l3_failures": "looks into PostgreSQL that failed or took too long",
     "leases_lost": "computations taken over by another worker; nothing written by the first",
     "memory_alerts": "times Redis' memory rose above its mark",
     "dead": "messages put among the dead letters",
