@@ -40,7 +40,8 @@ class Computing(Store):
         one process at a time; the others wait. If it raises, it raises here, and the others get `ComputeError`, or
         (profile with `on_error = "elect"`) the next of them computes; as it does when this caller is cancelled, runs
         out of `timeout` seconds or dies. Where the profile keeps values for errors (`stale_if_error`), such a value is
-        returned instead of the error, to all. Without `function` the profile's `resolver` computes, in the LLM pool.
+        returned instead of the error, save to those who gave a `max_age`. Without `function` the
+        profile's `resolver` computes, in the LLM pool.
 
         What is returned is what everyone gets: tuples become lists, for instance.
 
@@ -56,24 +57,23 @@ class Computing(Store):
         }  # fmt: skip
         body = self._body(args)
         async with _within(self._wait(timeout)):
-            outcome = await self._request(body, directives, timeout, lead=function is not None)
+            outcome = await self._request(body, directives, timeout, lead=function is not None, knocks=True)
             if isinstance(outcome, Reply):
                 return outcome.value
             assert function is not None  # noqa: S101 (nobody else is elected)
             if isinstance(outcome, Grant):
-                return await self._lead(profile, outcome, function)
+                return await self._lead(profile, outcome, function, strict=max_age is not None)
             assert self._fallback is not None  # noqa: S101 (only it says so)
             return await self._fallback.compute(body, self._encode_directives(directives), function)
 
-    async def _lead(self, profile: str, grant: Grant, function: Callable[[], Any]) -> Any:
+    async def _lead(self, profile: str, grant: Grant, function: Callable[[], Any], *, strict: bool) -> Any:
         link, _ = await self._connected()
         known = self._rules.profiles.get(profile)
         leader = Leader(link, grant, self._settings)
         self._leading.add(leader)
         try:
-            return await lead.compute(
-                leader, function, elect=known is not None and known.on_error == "elect", finish=self._finish
-            )
+            elect = known is not None and known.on_error == "elect"
+            return await lead.compute(leader, function, elect=elect, strict=strict, finish=self._finish)
         finally:
             self._leading.discard(leader)
 

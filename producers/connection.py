@@ -181,9 +181,17 @@ class Connection:
     # one request
 
     async def _request(
-        self, body: bytes, directives: Mapping[str, Any], timeout: float | None, *, lead: bool = False
+        self,
+        body: bytes,
+        directives: Mapping[str, Any],
+        timeout: float | None,
+        *,
+        lead: bool = False,
+        knocks: bool = False,
     ) -> Reply | Grant | Alone:
         """Publish one request; return its outcome. With `lead` that may be the task to compute it.
+
+        With `knocks` it is asked again each lease: an application that computes it may die.
 
         Raises:
             MillpondError: its outcome is an error.
@@ -207,7 +215,7 @@ class Connection:
         else:
             self._publish(outgoing)
         expiry = self._loop.call_later(wait, _expire, outgoing, wait)
-        if lead:
+        if knocks:
             self._knock_later(outgoing)
         try:
             return await future
@@ -241,6 +249,7 @@ class Connection:
     def _knock(self, outgoing: Outgoing) -> None:
         """Ask again each lease for what another application computes: if it died, the first to knock takes over."""
         if outgoing.request_id in self._waiting and self._publisher is not None:
+            outgoing.repeated = True  # it waits already: no room for a knock is no refusal
             self._publisher.publish(outgoing)
             self._knock_later(outgoing)
 

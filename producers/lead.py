@@ -160,8 +160,8 @@ class Leader:
     async def fail(self, error: ComputeError | None) -> Encoded | None:
         """End the flight without a value: all who wait get the error, or (None) ask again, and one of them computes.
 
-        Instead of an error they get an entry that the profile keeps for that case; returned, if there is one. Handed
-        on, the flight is over: what is said of it later writes nothing.
+        Instead of an error they get an entry that the profile keeps for that case, save those who take no stored
+        answer; returned, if there is one. Handed on, the flight is over: what is said of it later writes nothing.
         """
         grant, names = self._grant, self._names
         flight = [
@@ -173,12 +173,12 @@ class Leader:
         if reply[0] == b"LOST":
             return None
         _, now_ms, waiters, kept = reply
+        payload = _ASK_AGAIN if error is None else error_payload(error)
         if kept and (found := read_entry(kept, now_ms)) is not None:
             members = {"tier": "l2", "collapsed": False, "stored": "stored", "degraded": True, "key": grant.key}
             first, rest = (found[1].payload(members | found[0] | {"collapsed": late}) for late in (False, True))
-            await self._tell(now_ms, waiters, first, rest)
+            await self._tell(now_ms, waiters, first, rest, strict=payload)
             return found[1]
-        payload = _ASK_AGAIN if error is None else error_payload(error)
         await self._tell(now_ms, waiters, payload, payload)
         return None
 
@@ -199,11 +199,16 @@ class Leader:
         finally:
             self._heart.cancel()
 
-    async def _tell(self, now_ms: int, waiters: list[bytes], first: bytes, rest: bytes) -> None:
-        """Answer everyone aboard, in time or not at all; then forget them. Who is not told knocks, and is answered."""
+    async def _tell(
+        self, now_ms: int, waiters: list[bytes], first: bytes, rest: bytes, *, strict: bytes | None = None
+    ) -> None:
+        """Answer everyone aboard, in time or not at all; then forget them. Who is not told knocks, and is answered.
+
+        Those who take no stored answer get `strict`, if it is given.
+        """
         not_after_ms = now_ms + int(self._grant.lease * 800)
         outbox = Outbox(self._settings.reply_limit)
-        outbox.add_waiters(waiters, first, rest)
+        outbox.add_waiters(waiters, first, rest, strict)
         flight = self._grant.key, self._grant.token
         forget = ("DEL", self._names.waiters(*flight), self._names.outcome(*flight))
         try:
@@ -219,11 +224,13 @@ async def compute(
     function: Callable[[], Any],
     *,
     elect: bool,
+    strict: bool,
     finish: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
 ) -> Any:
-    """Run `function` for all who wait; return its value. `elect`: if it raises, the next of them computes.
+    """Run `function` for all who wait; return its value.
 
-    What is to be written goes on in the background (`finish` makes it a task) when the server is slow to take it.
+    `elect`: if it raises, the next of them computes; `strict`: no stored value stands in here. What is to be
+    written goes on in the background (`finish` makes it a task) when the server is slow to take it.
 
     Raises:
         Exception: whatever `function` raised, unless an entry kept for that case stands in.
@@ -237,7 +244,7 @@ async def compute(
         failing = finish(leader.fail(told))
         await asyncio.wait({failing}, timeout=_PATIENCE)
         kept = failing.result() if failing.done() and not failing.cancelled() else None
-        if kept is None:
+        if kept is None or strict:
             raise
         log.warning("a computation failed; a stored value past its time stands in", exc_info=error)
         return kept.decoded()

@@ -35,7 +35,7 @@ class Outgoing:
     lead: bool = False
     #: when it is published again, if whoever computes it has died
     knock: asyncio.TimerHandle | None = None
-    #: sent before, on a connection that was cut
+    #: sent before, and perhaps accepted (on a connection that was cut, say)
     repeated: bool = False
     #: answered otherwise meanwhile: not to be published any more
     withdrawn: bool = False

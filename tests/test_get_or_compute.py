@@ -16,6 +16,7 @@ from millpond import (
     ComputeError,
     DeadlineExceeded,
     InvalidRequest,
+    Overloaded,
     Unavailable,
 )
 from shared.keys import PartitionKeys, partition_of
@@ -505,3 +506,61 @@ async def test_without_a_function_the_profiles_resolver_computes_in_the_pool(
         assert found == [{"flour of": "rye"}] * 3
         assert (await client.get("mill", {"grain": "rye"})).value == found[0]
         await pond.settled()
+
+
+async def test_who_has_no_function_outlives_an_application_that_computes_for_it(
+    pond: Pond, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: Path
+) -> None:
+    (tmp_path / "grinding2.py").write_text("def grind(body): return 'flour'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pond.options["profiles"] = {"mill": {"resolver": "grinding2:grind"}}
+    async with pond.working("lookup", "llm"), pond.client() as client:
+        options = {"seconds": 60, "journal": str(journal), "profile": "mill"}
+        with Application(environment(pond), options) as leader:
+            await asyncio.to_thread(leader.wait_for, "computing")
+            waiting = asyncio.create_task(client.get_or_compute("mill", ARGS, timeout=20))
+            await until(lambda: aboard(pond) == 1, "it waits for the application")
+            leader.sigkill()
+            async with asyncio.timeout(15 * LEASE):
+                assert await waiting == "flour"
+
+
+async def test_a_value_kept_for_errors_does_not_stand_in_for_those_with_a_max_age(pond: Pond) -> None:
+    pond.options["profiles"] = {"mill": {"ttl": 0.05, "stale_if_error": 100}}
+    mill = Mill("old")
+    mill.go.set()
+    async with pond.working("lookup"), pond.client() as one, pond.client() as two:
+        assert await asking(one, mill, "mill") == "old"
+        await asyncio.sleep(0.1)  # past its time
+        mill.go.clear()
+        mill.value = LookupError("the sluice is shut")
+        leader = asking(one, mill, "mill")
+        await until(lambda: mill.runs == 2, "it computes")
+        others = [asking(two, mill, "mill"), asking(two, mill, "mill", max_age=0.01)]
+        await until(lambda: aboard(pond) == 2, "the others wait")
+        mill.go.set()
+        assert [await leader, await others[0]] == ["old"] * 2
+        with pytest.raises(ComputeError):
+            await others[1]
+        with pytest.raises(LookupError):
+            await asking(one, mill, "mill", max_age=0.01)
+
+
+async def test_a_knock_that_finds_no_room_is_no_refusal(pond: Pond) -> None:
+    pond.options |= {"compute_lease": 0.5, "request_limit": 1}
+    mill = Mill()
+    async with pond.client() as one, pond.client() as two:
+        async with pond.working("lookup"):
+            asked = [asking(one, mill)]
+            await until(lambda: mill.runs == 1, "one computes")
+            asked.append(asking(two, mill))
+            await until(lambda: aboard(pond) == 1, "the other waits")
+        await until(lambda: pond.length("requests") == 1, "a knock fills the stream that nobody reads")
+        asked.append(asking(two, mill))
+        with pytest.raises(Overloaded):
+            await asked.pop()
+        await asyncio.sleep(0.7)  # the next knock
+        mill.go.set()
+        assert await asyncio.gather(*asked) == ["flour"] * 2
+        async with pond.working("lookup"):
+            await pond.settled()
