@@ -235,3 +235,28 @@ async def ask(raw: faults_support.Raw, request_id: str) -> dict[str, Any]:
     """Ask, and return the reply's payload."""
     raw.publish(request_id, Q)
     return await raw.answered(request_id)
+
+
+async def test_a_refreshed_answer_keeps_the_tags_of_the_one_it_replaces(pond: Pond) -> None:
+    async with pond.working("lookup", "llm", **profiles(ttl=0.3, stale_while_revalidate=60)), pond.client() as client:
+        await client.ask(Q, tags=["doc:1"])
+        async with asyncio.timeout(10):
+            while not stale(await client.ask(Q)):
+                pass
+            while stale(await client.ask(Q)):
+                pass
+        assert pond.calls() == 2
+        await client.invalidate(tags=["doc:1"])
+        assert (await client.ask(Q)).tier == "llm"
+
+
+async def test_a_stale_answer_in_l1_goes_once_a_newer_one_is_stored_though_l2_had_lost_it(pond: Pond) -> None:
+    async with pond.working("lookup", "llm", **profiles(ttl=2, stale_while_revalidate=60)), pond.client() as client:
+        await client.ask(Q)
+        first = await client.ask(Q)  # and L1 holds it
+        pond.redis.delete(pond.names(Q).entry(pond.key(Q)))
+        await asyncio.sleep(1.0)
+        assert (await client.ask(Q, tags=["x"])).tier == "llm"  # L1 cannot answer for this tag
+        await asyncio.sleep(max(0.0, first.ttl - 1.0) + 0.1)  # the first is stale now, its successor is not
+        assert not stale(await client.ask(Q))
+    assert pond.calls() == 2

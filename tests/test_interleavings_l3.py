@@ -112,8 +112,8 @@ HOLES: dict[str, tuple[Scenario, str, str, str]] = {
     "rehydrate without the request's own labels": (
         foreign_tag,
         "rehydrate",
-        "fit_for(KEYS[1], key, lines(asked), entry) and 1 or 0",
-        "1",
+        "entry and fit_for(KEYS[1], key, lines(asked), entry) and",
+        "entry and",
     ),
     "labels that were pruned count as never invalidated": (
         foreign_tag,

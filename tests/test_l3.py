@@ -26,6 +26,7 @@ from tests.faults_support import Pond, answers, until
 from tests.outages import Outage
 from tests.proxy import Proxy
 from tests.shelf import Shelf, key
+from workers.lookup import LookupConsumer
 
 pond = faults_support.pond
 FAST: dict[str, Any] = {"simulated_first_token": 0.01}
@@ -195,6 +196,62 @@ async def only_cached(client: Client) -> Reply | None:
         return None
 
 
+async def test_requests_of_one_key_that_differ_in_their_directives_all_find_it(pond: Pond, database: Database) -> None:
+    await forgotten_by_redis(pond, Q)
+    async with pond.client() as client:
+        asked = [asyncio.create_task(client.ask(Q, mode="only-if-cached", tags=tags)) for tags in ([], ["a"], ["b"])]
+        await until(lambda: pond.length("requests") == 3, "one batch holds them")
+        async with pond.working("lookup", l3_timeout=5.0):
+            assert {reply.tier for reply in await answers(asked)} == {"l3"}
+
+
+async def test_what_is_put_while_postgresql_is_asked_is_not_hidden_by_what_it_held(
+    pond: Pond, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = ("retrieval", {"query": Q})
+    async with pond.working("lookup"), pond.client() as client:
+        key_ = await client.put(*what, "old")
+    name = PartitionKeys(partition_of(key_, pond.partitions)).entry(key_)
+    await keep(pond.options["database_url"], [(key_, pond.redis.get(name))])
+    pond.redis.delete(name)
+    asked, go_on = asyncio.Event(), asyncio.Event()
+    find, follow = L3.find, LookupConsumer._follow
+    followed: list[Any] = []
+
+    async def held(self: L3, keys: Sequence[str]) -> dict[str, bytes]:
+        found = await find(self, keys)
+        assert found, "the row was read before the put"
+        asked.set()
+        await go_on.wait()
+        return found
+
+    def noted(self: LookupConsumer, log: list[Any]) -> None:
+        follow(self, log)
+        followed.extend(log[1:])
+
+    monkeypatch.setattr(L3, "find", held)
+    monkeypatch.setattr(LookupConsumer, "_follow", noted)
+    async with pond.working("lookup", l3_timeout=5.0), pond.client() as client:
+        waiting = asyncio.create_task(client.get(*what))
+        await asked.wait()
+        await client.put(*what, "new")
+        await until(lambda: followed, "the worker has heard that L1 is to drop it")
+        go_on.set()
+        await waiting
+        assert (await client.get(*what)).value == "new"
+
+
+async def test_a_reply_from_postgresql_that_is_cut_off_goes_out_again(pond: Pond, database: Database) -> None:
+    await forgotten_by_redis(pond, Q)
+    sha = SCRIPTS["reply"].sha.encode()
+    slow = {"lookup_lease": 30.0, "l3_timeout": 5.0}  # nobody waits for the lease
+    async with Proxy.to(pond.url) as proxy, pond.working("lookup", url=proxy.url, **slow), pond.client() as client:
+        proxy.cut_before(lambda data: sha in data)
+        async with asyncio.timeout(15):
+            assert (await client.ask(Q)).tier == "l3"
+        assert proxy.cuts == 1
+
+
 # the tier alone
 
 
@@ -264,11 +321,11 @@ def shelf(server: Server, tmp_path: Any) -> Any:
         yield Shelf(Pond(server.url, connection, {"simulated_journal": tmp_path / "calls"}))
 
 
-def rehydrate(shelf: Shelf, text: bytes, *, fence: str = "0", life: int = 60_000, asked: str = "") -> int:
+def rehydrate(shelf: Shelf, text: bytes, *, fence: str = "0", life: int = 60_000, asked: str = "") -> int | bytes:
     names = shelf.names(1)
     call = SCRIPTS["rehydrate"].call([names.tags, names.entry(key(1))], [fence, key(1), text, life, asked])
     (judged,) = shelf.redis.execute_command(*call)
-    return int(judged)
+    return judged if isinstance(judged, bytes) else int(judged)
 
 
 def test_a_valid_answer_is_written_back_for_as_long_as_it_may(shelf: Shelf) -> None:
@@ -305,9 +362,13 @@ def test_an_answer_that_is_gone_is_not_written_back(shelf: Shelf) -> None:
     assert (rehydrate(shelf, shelf.text(age_ms=5000, ttl_ms=4000)), shelf.get(1)) == (0, None)
 
 
-def test_a_newer_answer_is_not_overwritten(shelf: Shelf) -> None:
-    newer = shelf.put(1)
-    assert (rehydrate(shelf, shelf.text(age_ms=60_000)), shelf.get(1)) == (1, newer)
+def test_a_newer_answer_is_not_overwritten_and_answers_instead(shelf: Shelf) -> None:
+    newer = shelf.put(1, "doc:1")
+    older = shelf.text(age_ms=60_000)
+    assert (rehydrate(shelf, older), shelf.get(1)) == (newer, newer)
+    assert rehydrate(shelf, newer) == 1
+    shelf.invalidate(1, "doc:1")
+    assert rehydrate(shelf, older) == 0, "what replaced it was invalidated"
 
 
 def test_labels_the_answer_does_not_carry_count_as_well(shelf: Shelf) -> None:

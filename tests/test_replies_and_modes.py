@@ -61,6 +61,16 @@ async def test_no_store_reads_and_does_not_store(pond: Pond) -> None:
     assert pond.calls() == 2
 
 
+async def test_two_clients_that_number_their_requests_alike_bypass_each_other(pond: Pond) -> None:
+    clients = [Raw(pond, "one"), Raw(pond, "two")]
+    for raw in clients:
+        raw.publish("1", Q, cache=b'{"mode":"bypass"}')
+    async with pond.working("lookup", "llm", **FAST):
+        assert [(await raw.answered("1"))["collapsed"] for raw in clients] == [False, False]
+        await pond.settled()
+    assert pond.calls() == 2
+
+
 async def test_bypass_neither_reads_nor_stores_nor_joins(pond: Pond) -> None:
     async with pond.working("lookup", "llm", **FAST), pond.client() as client:
         await client.ask(Q)

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from shared import keys
+from shared.entry import Entry
 from shared.keys import PartitionKeys
 from shared.link import Command
 from shared.messages import Question, spec_of
@@ -57,9 +58,12 @@ class Joining:
             ],
         )  # fmt: skip
 
-    def refresh(self, stale: list[tuple[Ask, int]]) -> Command:
-        """Return the command that has answers computed anew, unless younger than `created` (ms) given with each."""
-        wanted = [l2.Refresh(ask.question, ask.body, ask.cache, self._token(), created_ms) for ask, created_ms in stale]
+    def refresh(self, stale: list[tuple[Ask, Entry]]) -> Command:
+        """Return the command that has answers computed anew, unless younger than these; their tags are kept."""
+        wanted = [
+            l2.Refresh(ask.question, ask.body, ask.cache, self._token(), entry.created_ms, entry.tags)
+            for ask, entry in stale
+        ]
         return l2.revalidate(self._keys, self._settings.fill_limit, wanted)
 
 

@@ -147,7 +147,7 @@ class LookupConsumer(Consumer):
     async def drain(self) -> None:
         """Tell and retire what was answered, because no read follows."""
         await self._dives.end()
-        await self._tell()
+        await self._post([], self.link)
         retiring, count = self._answered.due(now=True)
         await self.link.send([*retiring, *self._touches.report(now=True)])
         self._answered.retired(count)
@@ -202,8 +202,15 @@ class LookupConsumer(Consumer):
         On the reading connection while a batch is in hand: nothing blocks it. What happens on the side has the other.
         """
         self._answered.add(*batch.take(self.counters, self._touches))
+        return await self._post(extra, link)
+
+    async def _post(self, extra: list[Command], link: Link) -> list[Any]:
         replies, messages = self._answered.take()
-        results = await link.post([*replies, *extra])
+        try:
+            results = await link.post([*replies, *extra])
+        except LINK_ERRORS:
+            self._answered.put_back(replies, messages)
+            raise
         self._answered.confirm(messages, results[: len(replies)])
         return self.checked(results[len(replies) :])
 
@@ -239,7 +246,7 @@ class LookupConsumer(Consumer):
             if entry and tagged and fits(entry, question, batch.now_ms):
                 self._serve(batch, [ask], entry, "l1")
             else:
-                alone = ask.request_id if question.mode == "bypass" else b""
+                alone = b"%b %b" % (ask.client.encode(), ask.request_id) if question.mode == "bypass" else b""
                 batch.missing.setdefault((question, alone), []).append(ask)
 
     def _refuse(self, batch: Batch, message: Message, error: InvalidRequest) -> None:
@@ -295,32 +302,28 @@ class LookupConsumer(Consumer):
         """Answer from L3 what may still be served; put the rest aboard flights."""
         await self._look_in_l3(batch, fence)
         await self._join(batch, self.link)
-        self._answered.add(*batch.take(self.counters, self._touches))
         self._refreshing.send(batch)
-        await self._tell()
-        if batch.chores:
-            await self.link.send(batch.chores)
-
-    async def _tell(self) -> None:
-        """Send what was answered, without waiting for the next read."""
-        replies, messages = self._answered.take()
-        self._answered.confirm(messages, await self.link.post(replies))
+        await self._send(batch, batch.chores, self.link)
 
     async def _look_in_l3(self, batch: Batch, fence: bytes) -> None:
-        asked = {question.key: (question, asks) for (question, _), asks in batch.missing.items() if question.reads}
+        asked: dict[str, list[tuple[Question, list[Ask]]]] = {}  # questions of one key may differ in their directives
+        for (question, _), asks in batch.missing.items():
+            if question.reads:
+                asked.setdefault(question.key, []).append((question, asks))
         assert self.l3 is not None  # noqa: S101 (nobody dives without one)
         found = await self.l3.find(list(asked))
         fault_point("lookup_in_l3")
         if not found:
             return
         clock = self.l1.clock
-        there = [(*asked[key], text) for key, text in found.items()]
+        there = [(*one, text) for key, text in found.items() for one in asked[key]]
         kept = [l2.Kept(q.key, text, q.probation_ms, q.own_tags) for q, _, text in there]
         (judged,) = await self._send(batch, [l2.rehydrate(self.keys, fence, kept)], self.link)
         for (question, asks, text), valid in zip(there, judged, strict=True):
-            if valid and (entry := self._open(batch, question.key, text)) and entry.expires_ms > batch.now_ms:
+            tier, newest = ("l3", text) if valid == 1 else ("l2", valid)
+            if valid and (entry := self._open(batch, question.key, newest)) and entry.expires_ms > batch.now_ms:
                 self.l1.put(entry, clock=clock)
-                self._found(batch, question, asks, entry, "l3")
+                self._found(batch, question, asks, entry, tier)
 
     def _open(self, batch: Batch, key: str, text: bytes) -> Entry | None:
         try:

@@ -175,7 +175,7 @@ class Promoter:
                 wanted.append(l2.Kept(key, text, left))
         parts = _parts(wanted, _WRITTEN_AT_ONCE)
         written = await self._link.send([l2.rehydrate(self._keys, fence, part) for part in parts])
-        return sum(map(sum, written))
+        return sum(bool(there) for part in written for there in part)
 
     def _life(self, entry: Entry, hit: Hits) -> int:
         probations = (self._probations[tag] for tag in entry.tags if tag in self._probations)

@@ -56,7 +56,7 @@ class Refreshing:
         if len(self._asked) > _REMEMBERED:
             self._asked = {key: until for key, until in self._asked.items() if until > now}
         self._asked |= dict.fromkeys(batch.refreshes, now + _PAUSE)
-        command = self._joining.refresh([(ask, entry.created_ms) for ask, entry in batch.refreshes.values()])
+        command = self._joining.refresh(list(batch.refreshes.values()))
         self._link.post([command]).add_done_callback(self._count)
 
     def _count(self, asked: asyncio.Future[list[Any]]) -> None:

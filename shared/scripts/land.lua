@@ -41,7 +41,7 @@ elseif pruned(KEYS[6], epoch) or invalidated(KEYS[6], key, labels, epoch) then
 else
   if entry and newer(entry.epoch, epoch) then
     reason = 'superseded'
-  elseif entry or flight[5] then
+  elseif entry or flight[5] or stale > 0 then
     tell_replaced(KEYS[8], ARGV[13], key)
   end
 end

@@ -27,13 +27,17 @@ class Kept(NamedTuple):
 
 
 class Refresh(NamedTuple):
-    """An answer to be computed anew. `too_old_ms`: unless it is younger; None: unless there is one."""
+    """An answer to be computed anew. `too_old_ms`: unless it is younger; None: unless there is one.
+
+    `tags` are those of the answer it replaces: who asks now need not be who tagged it.
+    """
 
     question: Question
     body: bytes
     cache: bytes | None
     token: str
     too_old_ms: int | None = None
+    tags: Sequence[str] = ()
 
 
 def fetch(k: PartitionKeys, asked: Sequence[Question]) -> Command:
@@ -53,8 +57,8 @@ def rehydrate(k: PartitionKeys, fence: bytes, found: Sequence[Kept]) -> Command:
 def revalidate(k: PartitionKeys, most: int, wanted: Iterable[Refresh]) -> Command:
     """Return the call that has these computed, if they are not already and less than `most` wait for that."""
     names, args = [k.refreshes, k.tags], list[Arg]([most, _REFRESH_MS])
-    for question, body, cache, token, too_old_ms in wanted:
-        key, tags = question.key, "\n".join(question.tags)
+    for question, body, cache, token, too_old_ms, kept in wanted:
+        key, tags = question.key, "\n".join(dict.fromkeys((*question.tags, *kept)))
         names += [k.entry(key), k.flight(key), k.failed(key)]
         args += [key, token, body, spec_of(question, cache), tags, question.ttl_ms]
         args.append("" if too_old_ms is None else too_old_ms)
