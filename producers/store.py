@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from redis.exceptions import RedisError
 
 from producers.connection import Connection
 from producers.reply import Reply
+from shared.envelope import Unreadable, opened
 from shared.errors import InvalidRequest, NotCached, Superseded, Unavailable
 from shared.keys import PartitionKeys, partition_of
 from shared.link import LINK_ERRORS, Command
@@ -260,12 +260,8 @@ def _is_id(epoch: str) -> bool:
 
 def _told(head: bytes, epoch: str) -> tuple[tuple[str, ...] | None, float | None]:
     """Return the tags and the seconds of computation of an entry's beginning, if it is the one of `epoch`."""
-    first, *lines = head.split(b"\n")
-    fields = first.split(b" ")
-    if len(fields) != 7 or fields[0] != b"mp2" or fields[1] != epoch.encode():
-        return None, None
-    count = int(fields[6])
     try:
-        return tuple(tag.decode() for tag in lines[:count]), orjson.loads(lines[count])["compute_ms"] / 1000
-    except (IndexError, ValueError, KeyError):
+        entry = opened(head)
+        return (entry.tags, entry.about["compute_ms"] / 1000) if entry.epoch == epoch else (None, None)
+    except (Unreadable, KeyError):
         return None, None

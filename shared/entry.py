@@ -30,9 +30,9 @@ from typing import Any
 import orjson
 import zstandard
 
+from shared.envelope import Unreadable, opened
 from shared.values import framed
 
-MAGIC = b"mp2 "
 MAX_BODY = 64 << 20
 _LEVEL = 6  # with the dictionary, higher ones save less than a hundredth
 _dictionary = zstandard.ZstdCompressionDict(
@@ -41,10 +41,6 @@ _dictionary = zstandard.ZstdCompressionDict(
 _dictionary.precompute_compress(level=_LEVEL)
 _compressor = zstandard.ZstdCompressor(level=_LEVEL, dict_data=_dictionary, write_checksum=False)
 _decompressor = zstandard.ZstdDecompressor(dict_data=_dictionary)
-
-
-class Unreadable(ValueError):
-    """The bytes are no entry of this version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,26 +143,22 @@ def unpack(key: str, text: bytes) -> Entry:
         Unreadable: it is of another version, damaged, or not an entry at all.
     """
     try:
-        first, rest = text.split(b"\n", 1)
-        magic, epoch, created, ttl, stale, error, count = first.split(b" ")
-        if magic + b" " != MAGIC:
-            raise Unreadable("unknown version")
-        *tags, meta, packed = rest.split(b"\n", int(count) + 1)
-        about: dict[str, Any] = orjson.loads(meta)
-        body, blob = _decoded(about["enc"], packed), None
+        head = opened(text)
+        about = head.about
+        body, blob = _decoded(about["enc"], head.data), None
         if described := about.get("value"):
             body, blob = orjson.dumps(described), body
-        fresh_ms = int(created) + int(ttl)
+        fresh_ms = head.created_ms + head.ttl_ms
         prompt_tokens, completion_tokens = about["tokens"]
         return Entry(
             key=key,
-            epoch=epoch.decode(),
-            created_ms=int(created),
+            epoch=head.epoch,
+            created_ms=head.created_ms,
             fresh_ms=fresh_ms,
-            expires_ms=fresh_ms + int(stale),
-            gone_ms=fresh_ms + int(stale) + int(error),
-            tags=tuple(tag.decode() for tag in tags),
-            tail=tail_of(key, about["model"], body, provider=about["provider"], epoch=epoch.decode()),
+            expires_ms=fresh_ms + head.stale_ms,
+            gone_ms=fresh_ms + head.stale_ms + head.error_ms,
+            tags=head.tags,
+            tail=tail_of(key, about["model"], body, provider=about["provider"], epoch=head.epoch),
             blob=blob,
             compute_ms=int(about["compute_ms"]),
             tokens=(int(prompt_tokens), int(completion_tokens)),

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from shared.envelope import opened
 from shared.errors import InvalidRequest, MillpondError
 
 #: The provider's name of what an application computed, and the model that stands in its key.
@@ -85,16 +86,14 @@ def decode(about: dict[str, Any], data: bytes) -> Any:
 
 def read_entry(text: bytes, now_ms: int) -> tuple[dict[str, Any], Encoded] | None:
     """Return an entry's members for a reply, save where it was found, and its value; None if it is compressed."""
-    first, rest = text.split(b"\n", 1)
-    _, epoch, created, ttl, _, _, count = first.split(b" ")
-    *_, meta, data = rest.split(b"\n", int(count) + 1)
-    about = orjson.loads(meta)
+    entry = opened(text)
+    about = entry.about
     if about["enc"] != "raw":
         return None
-    age_ms, left_ms = max(0, now_ms - int(created)), max(0, int(created) + int(ttl) - now_ms)
+    age_ms, left_ms = max(0, now_ms - entry.created_ms), max(0, entry.created_ms + entry.ttl_ms - now_ms)
     members: dict[str, Any] = {"age": age_ms / 1000, "ttl": left_ms / 1000} | ({} if left_ms else {"stale": True})
-    members |= {"model": about["model"], "provider": about["provider"], "epoch": epoch.decode()}
-    return members, Encoded(data, about.get("value"))
+    members |= {"model": about["model"], "provider": about["provider"], "epoch": entry.epoch}
+    return members, Encoded(entry.data, about.get("value"))
 
 
 def framed(text: bytes, blob: bytes | None) -> bytes:

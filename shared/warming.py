@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from shared.entry import Entry, Unreadable, unpack
+from shared.entry import Entry, unpack
+from shared.envelope import Unreadable
 from shared.errors import InvalidRequest, Unavailable
 from shared.keys import PRESSURE, PartitionKeys, partition_of, worker
 from shared.link import Link

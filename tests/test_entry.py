@@ -12,7 +12,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.entry import MAX_BODY, Unreadable, pack, payload, tail_of, unpack
+from shared.entry import MAX_BODY, pack, payload, tail_of, unpack
+from shared.envelope import Unreadable
 
 KEY = "0" * 32
 BODY = orjson.dumps({"choices": [{"message": {"content": "the wheel turns " * 40}}]})

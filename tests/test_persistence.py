@@ -11,7 +11,8 @@ import orjson
 import pytest
 
 from shared import keys
-from shared.entry import Unreadable, unpack
+from shared.entry import unpack
+from shared.envelope import Unreadable
 from shared.errors import ConfigError
 from shared.keys import PartitionKeys
 from shared.scripts import SCRIPTS

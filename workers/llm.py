@@ -18,7 +18,7 @@ import orjson
 
 from shared import keys
 from shared.embedded import resolve_url
-from shared.entry import Unreadable
+from shared.envelope import Unreadable
 from shared.errors import ConfigError, MillpondError, Poisoned, ProviderError
 from shared.faults import fault_point
 from shared.keys import PartitionKeys

@@ -14,7 +14,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from shared import keys
-from shared.entry import Entry, Unreadable, unpack
+from shared.entry import Entry, unpack
+from shared.envelope import Unreadable
 from shared.errors import DeadlineExceeded, InvalidRequest, MillpondError, NotCached, Overloaded, Poisoned
 from shared.faults import fault_point
 from shared.keys import PartitionKeys, partition_of

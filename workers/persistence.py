@@ -17,7 +17,7 @@ from typing import Any
 
 from shared import keys
 from shared.database import resolve_database_url
-from shared.entry import Unreadable
+from shared.envelope import Unreadable
 from shared.errors import ConfigError
 from shared.faults import fault_point
 from shared.keys import PartitionKeys

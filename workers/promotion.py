@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 
 from shared import keys
-from shared.entry import Entry, Unreadable, unpack
+from shared.entry import Entry, unpack
+from shared.envelope import Unreadable
 from shared.faults import fault_point
 from shared.keys import PartitionKeys, partition_of
 from shared.link import Command, Link

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from shared.entry import Unreadable, unpack
+from shared.entry import unpack
+from shared.envelope import Unreadable, opened
 from shared.touches import BOUNDS, TIERS
 
 #: Latency buckets of a hit's histogram.
@@ -206,7 +207,7 @@ def experiment_rows(
 
 def _answer(partition: int, key: bytes, text: bytes, call: dict[str, Any] | None, prompt: str | None) -> AnswerRow:
     found = unpack(key.hex(), text)
-    about = _object(text.split(b"\n", len(found.tags) + 2)[len(found.tags) + 1], "meta")
+    about = opened(text).about
     marks = dict(tag.split(":", 1) for tag in found.tags if tag.startswith(("profile:", "tenant:")))
     epoch_ms, epoch_seq = (int(part) for part in found.epoch.split("-"))
     if max(epoch_ms, epoch_seq) > _BIGINT:

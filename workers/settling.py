@@ -12,7 +12,8 @@ from typing import Any
 import orjson
 
 from shared import prices
-from shared.entry import Unreadable, pack, unpack
+from shared.entry import pack, unpack
+from shared.envelope import Unreadable
 from shared.errors import ContentFiltered, MillpondError, ProviderError, ProviderTimeout, ProviderUnreachable
 from shared.link import LINK_ERRORS, Command
 from shared.outbox import Outbox
