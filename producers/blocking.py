@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from producers.cached import BlockingDecorator, Recipe
@@ -100,9 +100,8 @@ class BlockingClient:
         timeout: float | None = None,
     ) -> BlockingDecorator:
         """As `Client.cached`; the function, which runs in a thread of its own, stays a plain one."""
-        return BlockingDecorator(
-            self, Recipe(key, tags), profile=profile, ttl=ttl, tenant=tenant, scope=scope, timeout=timeout
-        )
+        ask = partial(self.get_or_compute, profile, ttl=ttl, tenant=tenant, scope=scope, timeout=timeout)
+        return BlockingDecorator(ask, Recipe(key, tags))
 
     def close(self) -> None:
         """As `Client.close`; safe to call twice."""

@@ -5,13 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 from shared.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from producers.blocking import BlockingClient
-    from producers.computing import Computing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,13 +52,14 @@ def _filled(template: str, arguments: Mapping[str, Any], field: str) -> str:
 
 
 class Decorator:
-    """What `Client.cached` returns. Plain functions and coroutine functions both become coroutine functions."""
+    """What `Client.cached` returns. Plain functions and coroutine functions both become coroutine functions.
 
-    def __init__(self, client: Computing, recipe: Recipe, *, profile: str, **directives: Any) -> None:
-        self._client = client
+    `get_or_compute` is the client's, with all that the recipe does not decide.
+    """
+
+    def __init__(self, get_or_compute: Callable[..., Awaitable[Any]], recipe: Recipe) -> None:
+        self._get_or_compute = get_or_compute
         self._recipe = recipe
-        self._profile = profile
-        self._directives = directives
 
     @overload
     def __call__(self, function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]: ...
@@ -80,7 +77,7 @@ class Decorator:
                 return await function(*args, **kwargs)
 
             work = compute if asynchronous else partial(function, *args, **kwargs)
-            return await self._client.get_or_compute(self._profile, key, work, tags=tags, **self._directives)
+            return await self._get_or_compute(args=key, function=work, tags=tags)
 
         return call
 
@@ -88,11 +85,9 @@ class Decorator:
 class BlockingDecorator:
     """What `BlockingClient.cached` returns: plain functions stay plain functions."""
 
-    def __init__(self, client: BlockingClient, recipe: Recipe, *, profile: str, **directives: Any) -> None:
-        self._client = client
+    def __init__(self, get_or_compute: Callable[..., Any], recipe: Recipe) -> None:
+        self._get_or_compute = get_or_compute
         self._recipe = recipe
-        self._profile = profile
-        self._directives = directives
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
         """Return `function`, its values cached."""
@@ -101,7 +96,7 @@ class BlockingDecorator:
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             key, tags = self._recipe.of(function, args, kwargs)
             work = partial(function, *args, **kwargs)
-            value: T = self._client.get_or_compute(self._profile, key, work, tags=tags, **self._directives)
+            value: T = self._get_or_compute(args=key, function=work, tags=tags)
             return value
 
         return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from producers import lead
@@ -98,7 +99,8 @@ class Computing(Store):
         functions with one profile and equal keys share their values. Each of `tags` is a format string too, or all of
         them a function of the arguments. A method needs a `key`: its object is among its arguments.
         """
-        return Decorator(self, Recipe(key, tags), profile=profile, ttl=ttl, tenant=tenant, scope=scope, timeout=timeout)
+        ask = partial(self.get_or_compute, profile, ttl=ttl, tenant=tenant, scope=scope, timeout=timeout)
+        return Decorator(ask, Recipe(key, tags))
 
 
 @asynccontextmanager
