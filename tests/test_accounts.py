@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from datetime import UTC, datetime
 from typing import Any
 
@@ -152,3 +153,14 @@ async def test_a_refresh_that_somebody_waits_for_before_it_is_taken_up_saves_him
     assert total.spent == pytest.approx(2 * cost)
     assert total.saved == pytest.approx(cost)
     assert total.without_cache == pytest.approx(3 * cost)
+
+
+async def test_the_longest_names_cost_nobody_his_figures(pond: Pond, database: Database) -> None:
+    noise = random.Random(7)
+    long = ["".join(chr(noise.randrange(0x20000, 0x2A000)) for _ in range(200)) for _ in range(4)]
+    names = dict(zip(("tenant", "experiment", "variant", "model"), long, strict=True))
+    async with pond.working(*WORKERS), pond.client() as client:
+        await asyncio.gather(ask(client), ask(client, **names))
+    async with pond.working("persistence"):
+        assert (await reported(pond, database)).total.requests == 2
+    assert pond.length("dead") == 0

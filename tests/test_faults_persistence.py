@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -21,6 +22,7 @@ from tests.persistence_support import (
     held_by,
     idle,
     is_written,
+    key_of,
     land,
     owners,
     rows,
@@ -307,3 +309,26 @@ async def test_a_session_frozen_in_the_middle_of_a_message_keeps_its_locks_for_a
         await asyncio.gather(copying, return_exceptions=True)
         frozen.terminate()
         await looking.close()
+
+
+async def test_a_day_that_gets_its_partition_meanwhile_loses_nothing(pond: Pond, database: Any) -> None:
+    at = int((time.time() - 20 * 86_400) * 1000)
+    names = pond.all_names()[0]
+
+    def old(stream: str, ms: int, *fields: bytes | str) -> None:
+        pond.redis.execute_command("XADD", stream, f"{ms}-0", *fields)
+
+    async with pond.working("persistence", database_url=database.url):
+        old(names.landed, at, "key", key_of(1), "outcome", "stored", "call", call_of(), "entry", entry_of(1))
+        await until(lambda: is_written(pond), "it lies in the default partition")
+        attaching, looking = await asyncpg.connect(database.url), await asyncpg.connect(database.url)
+        async with attaching.transaction():
+            assert f"calls_{datetime.fromtimestamp(at / 1000, UTC):%Y%m%d}" in await attaching.fetchval(
+                "SELECT ensure_partitions(2)"
+            )
+            old(names.landed, at + 1, "key", key_of(2), "outcome", "stored", "call", call_of(), "entry", entry_of(2))
+            await wait_for_lock(looking)
+        await until(lambda: is_written(pond), "it is written")
+        await attaching.close()
+        await looking.close()
+    assert (await count(database.url, "calls"), await count(database.url, "answers"), pond.length("dead")) == (2, 2, 0)

@@ -77,11 +77,13 @@ async def test_retention_drops_what_is_past_its_time_and_nothing_else(
         await rows.execute(
             "INSERT INTO invalidations (partition, id, at, labels) VALUES (0, $1, $2, '{doc:1}')", f"{n}-0", gone
         )
-    await rows.execute("INSERT INTO hits SELECT $1, 'l1', 'p', 't', 'm', '', '', 1, 0, 0, 0, 0, array_fill(0, '{15}')",
+        await rows.execute("INSERT INTO experiments VALUES ('e', $1, $2, $2)", str(n), gone)
+    await rows.execute("INSERT INTO hits SELECT $1, 'l1', 'p', 't', 'm', '', '', 1, 0, 0, 0, 0, array_fill(0, '{46}')",
                        NOW - timedelta(days=20))  # fmt: skip
     await done(desk, "partitions")  # gives the day twenty days ago its partition
     result = await done(desk, "retention")
     assert (result["answers_deleted"], result["audit_rows_deleted"]) == (5, 5)
+    assert result["experiments_deleted"] == 5
     assert f"hits_{NOW - timedelta(days=20):%Y%m%d}" in result["partitions_dropped"]
     assert await rows.fetchval("SELECT min(gone) FROM answers") == NOW - timedelta(days=9)
     assert await rows.fetchval("SELECT count(*) FROM invalidations") == 3

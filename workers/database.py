@@ -70,6 +70,11 @@ class Database:
             except asyncpg.LockNotAvailableError:
                 await self._run(self._end_frozen)
                 raise
+            except asyncpg.CheckViolationError as error:
+                if error.constraint_name is not None:
+                    raise
+                # Its day got its partition while it waited for the default one's lock: now it goes there.
+                found = await self._run(work)
         except ROW_ERRORS:
             raise
         except DATABASE_ERRORS as error:

@@ -36,7 +36,7 @@ async def partitions(desk: Desk) -> Result:
 
 
 async def retention(desk: Desk) -> Result:
-    """Drop history past its time; delete answers that ended before that, and audit rows."""
+    """Drop history past its time; delete answers that ended before that, audit rows, and idle experiments."""
     pool = await desk.database()
     if pool is None:
         return NO_DATABASE
@@ -53,11 +53,17 @@ async def retention(desk: Desk) -> Result:
             SELECT partition, id FROM invalidations WHERE at < now() - make_interval(days => $1)
             LIMIT $2 FOR UPDATE SKIP LOCKED)
     """
+    experiments = """
+        DELETE FROM experiments WHERE (name, variant) IN (
+            SELECT name, variant FROM experiments WHERE last_seen < now() - make_interval(days => $1)
+            LIMIT $2 FOR UPDATE SKIP LOCKED)
+    """
     return {
         "days": days,
         "partitions_dropped": list(dropped),
         "answers_deleted": await _in_batches(lambda: pool.execute(answers, days, BATCH)),
         "audit_rows_deleted": await _in_batches(lambda: pool.execute(audits, days, BATCH)),
+        "experiments_deleted": await _in_batches(lambda: pool.execute(experiments, days, BATCH)),
     }
 
 

@@ -22,6 +22,8 @@ BUCKETS = len(BOUNDS) + 1
 _Binary = bytes  # `answers` has a column named bytes
 _BIRTH = datetime(1970, 1, 1, tzinfo=UTC)
 _INT, _BIGINT = (1 << 31) - 1, (1 << 63) - 1
+#: Longest dimension of a statistic, in bytes.
+_LONGEST = 400
 #: Postgres' timestamps and Python's both end later.
 _LAST_MS = 253_000_000_000_000
 
@@ -287,7 +289,8 @@ def _stat(row: list[Any]) -> tuple[tuple[str, ...], tuple[int, int, int, float, 
     dimensions = (tier, profile, tenant, model, experiment or "", variant or "")
     counts = tuple(_count(n, "counts") for n in (hits, prompt, completion, round(saved)))
     return (
-        tuple(_text(part, "dimension") for part in dimensions),
+        # All of them are in one key of an index, which holds no more; other requests' figures are in the same message.
+        tuple(_text(part, "dimension").encode()[:_LONGEST].decode(errors="ignore") for part in dimensions),
         (counts[0], counts[1], counts[2], _dollars(cost) or 0.0, counts[3]),
         tuple(_count(n, "histogram") for n in histogram),
     )
