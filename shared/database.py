@@ -26,7 +26,6 @@ DATABASE_ERRORS: tuple[type[BaseException], ...] = (
 )
 
 CONNECT_TIMEOUT = 5.0
-NO_POSTGRES = "no PostgreSQL: run `millpond up` in another terminal, or set MILLPOND_DATABASE_URL"
 #: A pool would warn with a traceback each time a connection fails: whoever asks it says so already, in one line.
 logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
 _JSONB_VERSION = b"\x01"
@@ -42,6 +41,19 @@ def resolve_database_url(settings: Settings) -> str | None:
     if settings.database_url is not None:
         return settings.database_url.get_secret_value()
     return postgres.find(settings.data_dir)
+
+
+def require_database_url(settings: Settings) -> str:
+    """Return what `resolve_database_url` does.
+
+    Raises:
+        Unavailable: that is none.
+    """
+    if (url := resolve_database_url(settings)) is not None:
+        return url
+    if not settings.l3:
+        raise Unavailable("MILLPOND_L3=false does without PostgreSQL, which this needs")
+    raise Unavailable(postgres.missing(settings.data_dir))
 
 
 async def connect_pool(
@@ -62,9 +74,7 @@ async def connect_pool(
     Raises:
         Unavailable: the settings name no server and none is running; with `min_size`, it does not answer.
     """
-    url = where if isinstance(where, str) else resolve_database_url(where)
-    if url is None:
-        raise Unavailable(NO_POSTGRES)
+    url = where if isinstance(where, str) else require_database_url(where)
     try:
         return await asyncpg.create_pool(
             url,

@@ -123,7 +123,7 @@ def resolve_url(settings: Settings) -> str:
         return settings.redis_url.get_secret_value()
     if url := find(settings.data_dir):
         return url
-    raise Unavailable("no Redis: run `millpond up` in another terminal, or set MILLPOND_REDIS_URL")
+    raise Unavailable(servers.missing("Redis", settings.data_dir, _LOCK))
 
 
 def _ping(path: Path) -> State:

@@ -204,6 +204,11 @@ def find(data_dir: Path) -> str | None:
     return servers.find(data_dir, _LOCK, _ping)
 
 
+def missing(data_dir: Path) -> str:
+    """Return what to tell whoever needs the server that `find` did not find."""
+    return servers.missing("PostgreSQL", data_dir, _LOCK)
+
+
 def _disguise() -> list[str]:
     """The command that turns root into somebody else; empty for anyone but root."""
     if os.geteuid() != 0:

@@ -36,6 +36,7 @@ START_TIMEOUT = 15.0
 #: How long a server may take to read what it kept before it answers.
 LOAD_TIMEOUT = 300.0
 STOP_TIMEOUT = 15.0
+_VARIABLES = {"Redis": "REDIS_URL", "PostgreSQL": "DATABASE_URL"}
 #: PR_SET_PDEATHSIG outlives the exec; the parent may have died before it was set.
 _TETHER = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, int(sys.argv[1])); "
@@ -259,6 +260,16 @@ def find(data_dir: Path, lock_name: str, ping: Callable[[Path], State]) -> str |
     """Return the URL of the server that runs on `data_dir` under this lock, or None when none answers."""
     record = read_record(data_dir, lock_name)
     return record["url"] if record and ping(Path(record["socket"])) != "silent" else None
+
+
+def missing(what: str, data_dir: Path, lock_name: str) -> str:
+    """Return what to tell whoever needs the server that `find` did not find."""
+    if read_record(data_dir, lock_name) is None:
+        return f"no {what}: run `millpond up` in another terminal, or set MILLPOND_{_VARIABLES[what]}"
+    return (
+        f"the {what} of {data_dir} does not answer: if `millpond up` still runs there, try again in a moment (it "
+        "starts again what ended); if not, run it"
+    )
 
 
 def read_record(data_dir: Path, lock_name: str) -> dict[str, str] | None:

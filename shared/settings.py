@@ -263,9 +263,10 @@ def load(**overrides: Any) -> Settings:
         for problem in error.errors(include_input=False, include_url=False):
             name = ".".join(str(part) for part in problem["loc"]).removeprefix("millpond_")
             variable = f"MILLPOND_{name.upper().replace('.', '__')}"
-            unknown = problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+            unknown = problem["type"] == "extra_forbidden"
             what = "no such setting; remove it or correct its name" if unknown else problem["msg"]
-            lines.append(f"{name} ({variable}): {what}" if name else what.removeprefix("Value error, "))
+            what = what.removeprefix("Value error, ")
+            lines.append(f"{name} ({variable}): {what}" if name else what)
         field = ".".join(str(part) for part in error.errors()[0]["loc"]) or None
         raise ConfigError("wrong settings: " + "; ".join(lines), field=field) from None
     except SettingsError as error:  # a list or table that is not JSON; the message names it, never its value

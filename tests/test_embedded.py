@@ -15,7 +15,7 @@ import redis
 
 from shared import embedded
 from shared.errors import ConfigError, Unavailable
-from shared.settings import Settings
+from shared.settings import Settings, load
 from tests.processes import UNUSABLE_DIRECTORIES
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +94,16 @@ def test_a_record_of_a_dead_server_does_not_mislead(own_server: embedded.Embedde
     own_server.kill()
     assert (own_server.data_dir / "server.json").exists()
     assert embedded.find(own_server.data_dir) is None
+
+
+def test_who_finds_none_is_told_whether_one_should_run(own_server: embedded.EmbeddedRedis) -> None:
+    mine = load(data_dir=own_server.data_dir)
+    own_server.kill()
+    with pytest.raises(Unavailable, match="does not answer: if `millpond up` still runs there, try again"):
+        embedded.resolve_url(mine)
+    own_server.stop()
+    with pytest.raises(Unavailable, match="no Redis: run `millpond up`"):
+        embedded.resolve_url(mine)
 
 
 def test_it_starts_over_a_stale_socket_and_record(tmp_path: Path) -> None:

@@ -69,11 +69,15 @@ def test_a_wrong_value_is_refused_by_name(
 
 @pytest.mark.parametrize(
     ("file", "text"),
-    [(".env", "MILLPOND_MODLE=x\n"), ("millpond.toml", "modle = 'x'\n")],
+    [
+        (".env", "MILLPOND_MODLE=x\n"),
+        ("millpond.toml", "modle = 'x'\n"),
+        ("millpond.toml", "[profiles.faq]\nmodle = 'x'\n"),
+    ],
 )
 def test_a_misspelt_setting_in_a_file_is_refused(file: str, text: str) -> None:
     Path(file).write_text(text)
-    with pytest.raises(ConfigError, match="modle"):
+    with pytest.raises(ConfigError, match=r"modle.*no such setting; remove it or correct its name"):
         load()
 
 

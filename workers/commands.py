@@ -69,6 +69,7 @@ def worker(
     with reporting(as_json):
         chosen = settings.load(**({} if concurrency is None else {"concurrency": concurrency}))
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        logging.getLogger("stamina").setLevel(logging.ERROR)  # of each attempt it says no more than that there was one
         with asyncio.Runner(loop_factory=_fast_loop()) as runner:
             runner.run(_work(kind, chosen, as_json))
 

@@ -55,7 +55,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         url = embedded.resolve_url(settings)
     except (ConfigError, Unavailable) as error:
         yield from _of_this_shell(settings)
-        yield Finding("fail", "redis", f"none configured and none running on {settings.data_dir}", error.message)
+        yield Finding("fail", "redis", f"none configured and none answers on {settings.data_dir}", error.message)
         return
     connection = overview.connect(url)
     try:
@@ -95,7 +95,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             "warn",
             "postgresql",
-            f"none configured and none running on {settings.data_dir}: answers live as long as Redis keeps them",
+            f"none configured and none answers on {settings.data_dir}: answers live as long as Redis keeps them",
             "millpond up starts one; or set MILLPOND_DATABASE_URL, or MILLPOND_L3=false to do without",
         )
         return

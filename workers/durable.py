@@ -12,8 +12,7 @@ from rich.console import Console
 
 import migrations
 from shared import console, settings
-from shared.database import CONNECT_TIMEOUT, DATABASE_ERRORS, NO_POSTGRES, resolve_database_url
-from shared.errors import Unavailable
+from shared.database import CONNECT_TIMEOUT, DATABASE_ERRORS, require_database_url, resolve_database_url
 from shared.settings import Settings
 
 #: Above so many answers their number is PostgreSQL's own estimate: counting them reads them all.
@@ -92,9 +91,7 @@ def migrate(as_json: Annotated[bool, typer.Option("--json", help="Print JSON ins
     Exit codes: 0 up to date, 2 a wrong setting or a database newer than this version, 3 PostgreSQL unavailable.
     """
     with console.reporting(as_json):
-        url = resolve_database_url(settings.load())
-        if url is None:
-            raise Unavailable(NO_POSTGRES)
+        url = require_database_url(settings.load())
         before = migrations.current(url)
         applied = migrations.migrate(url)
         after = migrations.KNOWN[-1]

@@ -78,7 +78,7 @@ async def _warm_top(desk: Desk) -> Result:
     from shared.warming import Warmer, most_asked
 
     if not desk.settings.warm_top:
-        return {"skipped": "off: MILLPOND_WARM_TOP says how many"}
+        return {"skipped": "MILLPOND_WARM_TOP says how many, and is 0"}
     pool = await desk.database()
     if pool is None:
         return housekeeping.NO_DATABASE

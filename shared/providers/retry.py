@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -13,6 +14,8 @@ from shared.errors import ProviderError, ProviderTimeout, RateLimited
 from shared.settings import Settings
 
 T = TypeVar("T")
+
+log = logging.getLogger("millpond.provider")
 
 #: The longest random part of a back-off, as a multiple of `backoff_initial`.
 _JITTER = 4.0
@@ -85,6 +88,8 @@ async def with_retries(
                     except ProviderError as error:
                         if on_error is not None:
                             on_error(error)
+                        if error.retryable:
+                            log.warning("%s, attempt %d of %d: %s", provider, started, settings.attempts, error)
                         if isinstance(error, ProviderTimeout) and deadline - loop.time() < _TOO_LITTLE:
                             raise _out_of_time(total, started, admitting, provider, last) from error
                         last = error
