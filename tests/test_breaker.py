@@ -19,6 +19,7 @@ from tests import faults_support
 from tests.conftest import Server
 from tests.faults_support import Pond, outcomes, until
 from tests.outages import Outage
+from workers import doctor
 
 pond = faults_support.pond
 
@@ -135,6 +136,19 @@ async def test_a_prober_that_dies_loses_its_turn(server: Server, settings: Calla
     with server.connect() as connection:
         assert 0 < connection.pttl(KEY) <= 70_000
     await breaker.close()
+
+
+async def test_the_doctor_tells_of_an_open_circuit(
+    two: tuple[Breaker, Breaker], settings: Callable[..., Settings]
+) -> None:
+    def seen() -> list[str]:
+        return [finding.detail for finding in doctor.examine(settings()) if finding.subject == "circuit"]
+
+    await failing(two[0], 2)
+    assert await asyncio.to_thread(seen) == []
+    await failing(two[0], 1)
+    (detail,) = await asyncio.to_thread(seen)
+    assert detail.startswith(f"{NAME} failed 3 times in a row")
 
 
 async def test_an_error_that_a_batch_shares_counts_once(two: tuple[Breaker, Breaker]) -> None:

@@ -70,6 +70,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         yield _eviction(server)
         yield _persistence(server)
         yield from _memory(connection, server, settings)
+        yield from _circuits(connection, int(server["server_time_usec"]) // 1000)
         yield from _deployment(connection, settings)
 
 
@@ -203,6 +204,22 @@ def _memory(connection: redis.Redis, server: dict[str, Any], settings: Settings)
         yield Finding("warn", "memory", f"{detail}: above it", advice)
     else:
         yield Finding("ok", "memory", detail)
+
+
+def _circuits(connection: redis.Redis, server_ms: int) -> Iterator[Finding]:
+    """Providers that the pool leaves alone just now."""
+    prefix = f"{keys.BREAKER_PREFIX}:"
+    for name in sorted({key.decode() for key in connection.scan_iter(f"{prefix}*", count=1000)}):
+        failures, until = connection.execute_command("HMGET", name, "failures", "until")
+        if until is not None:
+            left = max(0.0, (int(until) - server_ms) / 1000)
+            yield Finding(
+                "warn",
+                "circuit",
+                f"{name.removeprefix(prefix)} failed {int(failures or 0)} times in a row; it is tried again "
+                + (f"in {left:.0f} s" if left else "with the next call"),
+                "see that the provider answers; meanwhile the next of its chain does, or what is stored",
+            )
 
 
 def _schedule(connection: redis.Redis) -> Iterator[Finding]:
