@@ -112,8 +112,8 @@ end
 
 -- The moment an entry that takes the place of `other` (nil: none) was created: later than that one, were it stored in the same
 -- millisecond or before the clock was set back. PostgreSQL tells the newer of one epoch by it.
-local function created_after(other)
-  return other and math.max(now_ms(), other.created + 1) or now_ms()
+local function created_after(now, other)
+  return other and math.max(now, other.created + 1) or now
 end
 
 -- The error JSON that a failed key still answers with; nil once its time is up. 'UNTIL_MS FAILURES\n' error-JSON

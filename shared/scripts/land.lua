@@ -25,7 +25,8 @@ local current = flight[1] == token
 local labels = lines(current and flight[2] or ARGV[7])
 local present = current and redis.call('GET', KEYS[2])
 local entry = present and head(present)
-local created = created_after(entry)
+local now = now_ms()
+local created = created_after(now, entry)
 local ttl, stale, err = tonumber(current and flight[3] or ARGV[8]), tonumber(ARGV[14]), tonumber(ARGV[15])
 local text = compose(epoch, created, ttl, stale, err, labels, ARGV[11], ARGV[12])
 
@@ -48,7 +49,7 @@ end
 -- Every call is told to the durable tier, a stored answer with it. Only what is on its way there may leave Redis early, and
 -- not while what landed half a probation ago is still on its way.
 local probation, first = tonumber(ARGV[16]), redis.call('XRANGE', KEYS[7], '-', '+', 'COUNT', 1)[1]
-local behind = first and created - tonumber(string.match(first[1], '^%d+')) > probation / 2
+local behind = first and now - tonumber(string.match(first[1], '^%d+')) > probation / 2
 local told = redis.call('XLEN', KEYS[7]) < tonumber(ARGV[19])
 if told then
   local message = { 'key', key, 'outcome', reason, 'call', ARGV[17] }
@@ -62,4 +63,4 @@ if reason == 'stored' then
 end
 if current then redis.call('DEL', KEYS[3], KEYS[9]) end
 redis.call('SET', KEYS[5], reason .. '\n' .. text, 'PX', ARGV[10])
-return { reason, now_ms(), redis.call('LRANGE', KEYS[4], 0, -1), created + ttl }
+return { reason, now, redis.call('LRANGE', KEYS[4], 0, -1), now + ttl }

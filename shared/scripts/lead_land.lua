@@ -25,7 +25,7 @@ local labels = lines(flight[2] or ARGV[13])
 local ttl, stale, err = tonumber(flight[3] or ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local present = current and redis.call('GET', KEYS[1])
 local entry = present and head(present)
-local created, reason = created_after(entry), 'stored'
+local created, reason = created_after(now, entry), 'stored'
 if not current then
   reason = 'overtaken'
 elseif flight[4] and flight[4] ~= '1' then
@@ -44,5 +44,5 @@ if reason == 'stored' then
   keep_value(KEYS[1], KEYS[6], ARGV[11], key, text, ttl + stale + err, ARGV[7])
 end
 if current then redis.call('DEL', KEYS[2]) end
-redis.call('SET', KEYS[4], string.format('%s %d %d', reason, now, created + ttl), 'PX', ARGV[12])
-return { reason, now, redis.call('LRANGE', KEYS[3], 0, -1), created + ttl }
+redis.call('SET', KEYS[4], string.format('%s %d %d', reason, now, now + ttl), 'PX', ARGV[12])
+return { reason, now, redis.call('LRANGE', KEYS[3], 0, -1), now + ttl }

@@ -16,6 +16,6 @@ local entry = present and head(present)
 if entry and newer(entry.epoch, epoch) then return 'superseded' end
 tell_replaced(KEYS[4], ARGV[10], key)
 local ttl, stale, err = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local text = compose(epoch, created_after(entry), ttl, stale, err, labels, ARGV[8], ARGV[9])
+local text = compose(epoch, created_after(now_ms(), entry), ttl, stale, err, labels, ARGV[8], ARGV[9])
 keep_value(KEYS[1], KEYS[3], ARGV[11], key, text, ttl + stale + err, ARGV[7])
 return 'stored'
