@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,61 +18,14 @@ from millpond import (
     Overloaded,
     Unavailable,
 )
-from shared.keys import PartitionKeys, partition_of
-from shared.scripts import SCRIPTS
-from tests import faults_support
-from tests.application import ARGS, PROFILE, Application, computed
+from tests import faults_support, mills
+from tests.application import ARGS, PROFILE
 from tests.faults_support import Pond, until
+from tests.mills import LEASE, Mill, aboard, asking
 from tests.proxy import Proxy
 
 pond = faults_support.pond
-
-LEASE = 1.0
-
-
-@pytest.fixture(autouse=True)
-def quick(pond: Pond) -> None:
-    """A short lease, and a profile whose waiters compute when their leader raises."""
-    pond.options |= {"compute_lease": LEASE, "profiles": {"stubborn": {"on_error": "elect"}}}
-    pond.settings = pond.with_()
-
-
-class Mill:
-    """An application's function: counts its runs, and goes on only when it is told to."""
-
-    def __init__(self, value: Any = "flour") -> None:
-        self.value = value
-        self.runs = 0
-        self.running = 0
-        self.most = 0
-        self.go = asyncio.Event()
-
-    async def __call__(self) -> Any:
-        """Grind."""
-        self.runs += 1
-        self.running += 1
-        self.most = max(self.most, self.running)
-        try:
-            await self.go.wait()
-        finally:
-            self.running -= 1
-        if isinstance(self.value, BaseException):
-            raise self.value
-        return self.value
-
-
-def asking(client: Client, mill: Callable[[], Any], profile: str = PROFILE, **how: Any) -> asyncio.Task[Any]:
-    how.setdefault("timeout", 20)
-    return asyncio.create_task(client.get_or_compute(profile, ARGS, mill, **how))
-
-
-def aboard(pond: Pond) -> int:
-    """Return how many others wait for a flight."""
-    return sum(int(pond.redis.execute_command("LLEN", name)) for name in pond.found("{mp:*}:waiters:*"))
-
-
-def environment(pond: Pond) -> dict[str, Any]:
-    return {name: value for name, value in pond.options.items() if value is not None} | {"redis_url": pond.url}
+quick = mills.quick
 
 
 async def test_many_clients_compute_once(pond: Pond, partitions: int) -> None:
@@ -328,143 +280,7 @@ async def test_tags_of_all_who_joined_invalidate_the_value(pond: Pond) -> None:
         assert not await client.get(PROFILE, ARGS)
 
 
-# connections
-
-
-@pytest.mark.parametrize("side", ["before", "after"])
-@pytest.mark.parametrize("script", ["publish", "lead_land", "reply", "lead_renew"])
-async def test_a_leader_cut_off_around_any_step_leaves_one_run_and_an_answer_each(
-    pond: Pond, script: str, side: str
-) -> None:
-    sha = SCRIPTS[script].sha.encode()
-    mill = Mill()
-    async with Proxy.to(pond.url) as proxy, pond.working("lookup"), pond.client() as other:
-        async with pond.client(proxy.url) as client:
-            (proxy.cut_after if side == "after" else proxy.cut_before)(lambda data: sha in data)
-            leader = asking(client, mill)
-            await until(lambda: mill.runs == 1, "it computes")
-            follower = asking(other, mill)
-            await until(lambda: aboard(pond) == 1, "the other waits")
-            if script == "lead_renew":
-                await until(lambda: proxy.cuts == 1, "a renewal is cut off")
-            mill.go.set()
-            async with asyncio.timeout(10):
-                assert [await leader, await follower] == ["flour"] * 2
-            assert proxy.cuts == 1
-        await until(lambda: aboard(pond) == 0 or script == "reply", "nobody waits")
-    assert mill.runs == 1
-
-
-# processes
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-async def test_a_killed_leader_is_replaced_after_its_lease(pond: Pond, partitions: int, journal: Path) -> None:
-    mill = Mill()
-    mill.go.set()
-    async with pond.working("lookup"), pond.client() as client:
-        with Application(environment(pond), {"seconds": 60, "journal": str(journal)}) as leader:
-            await asyncio.to_thread(leader.wait_for, "computing")
-            waiting = [asking(client, mill) for _ in range(3)]
-            await until(lambda: aboard(pond) == 3, "the others wait")
-            assert mill.runs == 0
-            leader.sigkill()
-            async with asyncio.timeout(15 * LEASE):
-                assert await asyncio.gather(*waiting) == ["flour"] * 3
-    assert (mill.runs, computed(journal)) == (1, 1)
-
-
-@pytest.mark.parametrize("point", ["lead_after_compute", "lead_after_land"])
-async def test_a_leader_killed_when_it_had_the_value_costs_at_most_one_more_run(
-    pond: Pond, journal: Path, point: str
-) -> None:
-    mill = Mill()
-    mill.go.set()
-    async with pond.working("lookup"), pond.client() as client:
-        options = {"seconds": 1.0, "journal": str(journal)}
-        with Application(environment(pond) | {"fault": f"kill@{point}"}, options) as leader:
-            await asyncio.to_thread(leader.wait_for, "computing")
-            waiting = [asking(client, mill) for _ in range(3)]
-            await until(lambda: aboard(pond) == 3, "the others wait")
-            async with asyncio.timeout(15 * LEASE):
-                values = await asyncio.gather(*waiting)
-            assert leader.wait() == -9
-    landed = point == "lead_after_land"
-    assert values == [{"pid": leader.pid} if landed else "flour"] * 3
-    assert mill.runs == (0 if landed else 1)
-
-
-async def test_a_leader_frozen_past_its_lease_writes_nothing_when_it_thaws(
-    pond: Pond, partitions: int, journal: Path
-) -> None:
-    mill = Mill()
-    mill.go.set()
-    async with pond.working("lookup"), pond.client() as client:
-        with Application(environment(pond), {"seconds": 0.5, "journal": str(journal)}) as leader:
-            await asyncio.to_thread(leader.wait_for, "computing")
-            leader.sigstop()
-            async with asyncio.timeout(15 * LEASE):
-                assert await asking(client, mill) == "flour"
-            await until(lambda: not pond.found("{mp:*}:flight:*"), "the new flight has landed")
-            before = pond.keyspace()
-            leader.sigcont()
-            said = await asyncio.to_thread(leader.wait_for, "value")
-            assert said["value"] == {"pid": leader.pid}, "its own caller gets what it computed"
-            assert leader.wait() == 0
-            assert stored(pond.keyspace()) == stored(before)
-        assert (await client.get(PROFILE, ARGS)).value == "flour"
-    assert (mill.runs, computed(journal)) == (1, 1)
-
-
-def stored(keyspace: dict[bytes, Any]) -> dict[bytes, Any]:
-    """Return what a leader could have written: all but reply channels."""
-    return {key: value for key, value in keyspace.items() if not key.startswith(b"mp:reply:")}
-
-
-async def test_applications_in_several_processes_compute_once(pond: Pond, partitions: int, journal: Path) -> None:
-    options = {"seconds": 1.0, "journal": str(journal)}
-    async with pond.working("lookup"):
-        with (
-            Application(environment(pond), options) as one,
-            Application(environment(pond), options) as two,
-            Application(environment(pond), options) as three,
-        ):
-            said = [await asyncio.to_thread(process.wait_for, "value") for process in (one, two, three)]
-        await pond.settled()
-    assert len({str(line["value"]) for line in said}) == 1
-    assert computed(journal) == 1
-
-
-# fencing, step by step
-
-
-async def test_every_script_of_a_lost_lease_says_so_and_writes_nothing(pond: Pond) -> None:
-    mill = Mill()
-    async with pond.working("lookup"), pond.client() as client:
-        asked = asking(client, mill)
-        await until(lambda: mill.runs == 1, "it computes")
-        key = (await client.get(PROFILE, ARGS)).epoch and pond.found("{mp:*}:flight:*")[0].decode().rpartition(":")[2]
-        assert key
-        names = PartitionKeys(partition_of(key, pond.partitions))
-        pond.redis.hset(names.flight(key), "token", "another")
-        before = pond.keyspace()
-        ours = [names.flight(key), names.waiters(key, "mine"), names.outcome(key, "mine")]
-        failing = [*ours, names.entry(key), names.tags]
-        landing = [names.entry(key), *ours, names.tags, names.landed, names.invalidations]
-        args: list[Any] = [key, "mine", "0-0", 1000, 0, 0, 1000, "{}", "1", 1000, 1000, 1000, "", 0]
-        execute = pond.redis.execute_command
-        assert execute(*SCRIPTS["lead_renew"].call(ours[:1], ["mine", 99_000, 1])) == 0
-        assert execute(*SCRIPTS["lead_fail"].call(failing, ["mine", 1000, 1, key, 1])) == [b"LOST"]
-        assert execute(*SCRIPTS["lead_land"].call(landing, args)) == [b"LOST"]
-        assert stored(pond.keyspace()) == stored(before)
-        pond.redis.delete(names.flight(key))
-        mill.go.set()
-        assert await asked == "flour"
-        assert not await client.get(PROFILE, ARGS), "it had lost its flight"
+# who and when
 
 
 async def test_a_strangers_election_on_its_channel_does_not_stop_a_client(pond: Pond) -> None:
@@ -506,23 +322,6 @@ async def test_without_a_function_the_profiles_resolver_computes_in_the_pool(
         assert found == [{"flour of": "rye"}] * 3
         assert (await client.get("mill", {"grain": "rye"})).value == found[0]
         await pond.settled()
-
-
-async def test_who_has_no_function_outlives_an_application_that_computes_for_it(
-    pond: Pond, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: Path
-) -> None:
-    (tmp_path / "grinding2.py").write_text("def grind(body): return 'flour'\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    pond.options["profiles"] = {"mill": {"resolver": "grinding2:grind"}}
-    async with pond.working("lookup", "llm"), pond.client() as client:
-        options = {"seconds": 60, "journal": str(journal), "profile": "mill"}
-        with Application(environment(pond), options) as leader:
-            await asyncio.to_thread(leader.wait_for, "computing")
-            waiting = asyncio.create_task(client.get_or_compute("mill", ARGS, timeout=20))
-            await until(lambda: aboard(pond) == 1, "it waits for the application")
-            leader.sigkill()
-            async with asyncio.timeout(15 * LEASE):
-                assert await waiting == "flour"
 
 
 async def test_a_value_kept_for_errors_does_not_stand_in_for_those_with_a_max_age(pond: Pond) -> None:
