@@ -9,18 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from producers.client import Client
-from shared.embedded import tethered
 from shared.errors import MillpondError
-from tests.processes import FRONT_DOOR, Process
+from tests.processes import Process, our_code_environment, variables
 
 PROFILE = "retrieval"
 ARGS = {"query": "What is a mill race?"}
@@ -64,25 +60,7 @@ class Application(Process):
     """The same, as the test sees it."""
 
     def __init__(self, settings: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self.errors = ""
-        self._changed = threading.Condition()
-        environment = os.environ | {"PYTHONPATH": str(FRONT_DOOR.parent)}
-        for name, value in settings.items():
-            plain = isinstance(value, str | Path)
-            environment[f"MILLPOND_{name.upper()}"] = str(value) if plain else json.dumps(value)
-        self._process = subprocess.Popen(
-            tethered([sys.executable, "-m", "tests.application", json.dumps(options)], signal.SIGKILL),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_lines, self._read_errors)]
-        for reader in self._readers:
-            reader.start()
+        self._start(["-m", "tests.application", json.dumps(options)], our_code_environment() | variables(settings))
 
 
 def computed(journal: Path) -> int:

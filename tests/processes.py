@@ -40,17 +40,15 @@ class Process:
         *,
         cwd: Path | None = None,
     ) -> None:
-        environment = dict(os.environ)
-        if url is not None:
-            environment["MILLPOND_REDIS_URL"] = url
-        for name, value in (overrides or {}).items():
-            plain = isinstance(value, str | Path)
-            environment[f"MILLPOND_{name.upper()}"] = str(value) if plain else json.dumps(value)
+        named = ({} if url is None else {"redis_url": url}) | dict(overrides or {})
+        self._start([str(FRONT_DOOR), *arguments, "--json"], os.environ | variables(named), cwd)
+
+    def _start(self, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None) -> None:
         self.lines: list[dict[str, Any]] = []
         self.errors = ""
         self._changed = threading.Condition()
         self._process = subprocess.Popen(
-            tethered([sys.executable, str(FRONT_DOOR), *arguments, "--json"], signal.SIGKILL),
+            tethered([sys.executable, *arguments], signal.SIGKILL),
             env=environment,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -67,11 +65,6 @@ class Process:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has."""
-        return self._process.poll() is not None
 
     @property
     def name(self) -> str:
@@ -168,6 +161,12 @@ class Process:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.errors += line
+
+
+def variables(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as environment variables."""
+    plain = {name: isinstance(value, str | Path) for name, value in settings.items()}
+    return {f"MILLPOND_{n.upper()}": str(value) if plain[n] else json.dumps(value) for n, value in settings.items()}
 
 
 def our_code_environment() -> dict[str, str]:

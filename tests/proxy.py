@@ -25,7 +25,7 @@ class Proxy:
     """Listens on a TCP port of localhost, forwards to a unix socket or a TCP address.
 
     `connections` counts those accepted, `refused` those of them ended at once (told to, or nobody listens upstream),
-    `cuts` those that a predicate ended, `forwarded` the bytes sent upstream.
+    `cuts` those that a predicate ended.
     """
 
     def __init__(self, *, path: str | None = None, host: str = "127.0.0.1", port: int = 6379) -> None:
@@ -41,7 +41,6 @@ class Proxy:
         self.connections = 0
         self.refused = 0
         self.cuts = 0
-        self.forwarded = 0
 
     @classmethod
     def to(cls, url: str) -> Proxy:
@@ -134,7 +133,6 @@ class Proxy:
                 if self._matches(self._after, data):
                     self.cuts += 1
                     dropping.set()  # before the command leaves: its answer cannot slip through
-                self.forwarded += len(data)
                 up_writer.write(data)
                 await up_writer.drain()
         if not dropping.is_set():

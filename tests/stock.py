@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from producers.client import Client
@@ -31,8 +31,8 @@ class Stock(Shelf):
             if not pond.redis.exists(names.invalidations):
                 pond.redis.xadd(names.invalidations, {"by": "genesis", "tags": ""}, id=GENESIS)
 
-    async def store(self, number: int, *tags: str, labels: Iterable[str] = (), epoch: str = GENESIS) -> None:
-        """Lay an answer into both tiers; `labels` are its implicit ones, if not the default ones."""
+    async def store(self, number: int, *tags: str, epoch: str = GENESIS) -> None:
+        """Lay an answer into both tiers."""
         self.put(number, *tags, left_ms=DAY_MS, epoch=epoch)
         await self.persist(number, *tags, epoch=epoch)
 

@@ -110,7 +110,7 @@ async def test_killed_again_and_again_under_load_it_loses_nothing_and_doubles_no
         async with pond.process(
             "persistence", fault=f"kill@{point}:{nth}", ready=False, database_url=database.url
         ) as victim:
-            await until(lambda: victim.ended or is_written(pond), "it died, or wrote everything")
+            await until(lambda: not victim.running or is_written(pond), "it died, or wrote everything")
     async with pond.working("persistence", database_url=database.url):
         await whole(pond, database.url, times=len(POINTS))
 
