@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import redis
 
-from migrations import migrate
 from shared import embedded, postgres
 from shared.errors import ConfigError
 from shared.settings import Settings, load
@@ -190,14 +189,17 @@ def empty_database(database_server: databases.Database) -> Iterator[databases.Da
 
 
 @pytest.fixture
-def own_database(database_kind: str, tmp_path: Path) -> Iterator[postgres.EmbeddedPostgres]:
+def own_database(
+    database_kind: str, database_servers: databases.Servers, tmp_path: Path
+) -> Iterator[postgres.EmbeddedPostgres]:
     """A private PostgreSQL, migrated, that the test may stop, kill and restart."""
     if database_kind in ("url", "container"):
         pytest.skip("needs a PostgreSQL of its own to kill")
     spare_disk = {"fsync": "off"}  # a killed server loses nothing by it, only a machine without power would
     binaries = databases.binaries(database_kind)
-    with postgres.start(tmp_path / "own-database", binaries=binaries, options=spare_disk) as running:
-        migrate(running.url)
+    place = tmp_path / "own-database"
+    database_servers.copy_cluster(database_kind, place)
+    with postgres.start(place, binaries=binaries, options=spare_disk) as running:
         yield running
 
 

@@ -92,6 +92,15 @@ class Servers:
             migrations.migrate(named(server.url, _TEMPLATE))
         return self.running[kind]
 
+    def copy_cluster(self, kind: str, target: Path) -> None:
+        """Lay a cluster with the schema, made once, where `postgres.start(target)` finds its own."""
+        made = self.directory / f"{kind}-cluster"
+        if not made.exists():
+            with postgres.start(made, binaries=binaries(kind), options={"fsync": "off"}) as running:
+                migrations.migrate(running.url)
+        (target / "postgres").mkdir(mode=0o700, parents=True)
+        subprocess.run(["cp", "-a", made / "postgres" / "data", target / "postgres"], check=True)
+
     def _start(self, kind: str) -> str:
         if kind == "url":
             return os.environ["MILLPOND_TEST_DATABASE_URL"]

@@ -68,7 +68,7 @@ def found_letters(pond: Pond) -> list[Letter]:
 async def test_a_request_that_kills_lookup_workers_is_buried_and_the_innocent_are_answered(
     pond: Pond, partitions: int
 ) -> None:
-    pond.options |= {"max_deliveries": 4}
+    pond.options |= {"max_deliveries": 3}
     async with pond.working("llm"), pond.client() as client:
         bad = asyncio.create_task(client.ask(POISON))
         good = [asyncio.create_task(client.ask(prompt)) for prompt in GOOD]
@@ -76,10 +76,10 @@ async def test_a_request_that_kills_lookup_workers_is_buried_and_the_innocent_ar
             (told,) = await outcomes([bad])
             await answers(good)
             await pond.settled()
-            assert deaths() == 4
+            assert deaths() == 3
     assert isinstance(told, Poisoned)
     (letter,) = found_letters(pond)
-    assert (letter.message["body"], letter.deliveries) == (body_of(POISON), 4)
+    assert (letter.message["body"], letter.deliveries) == (body_of(POISON), 3)
     assert "without an outcome" in letter.reason
     assert pond.calls() == len(GOOD)
 
@@ -88,7 +88,7 @@ async def test_a_fill_that_kills_llm_workers_is_buried_and_the_innocent_are_answ
     pond: Pond, partitions: int
 ) -> None:
     """The poison is computed first and its landing kills: whatever is in flight beside it dies each time with it."""
-    pond.options |= {"max_deliveries": 4}
+    pond.options |= {"max_deliveries": 3}
     async with pond.working("lookup"), pond.client() as client, pond.client() as follower:
         bad = [asyncio.create_task(client.ask(POISON)), asyncio.create_task(follower.ask(POISON))]
         await until(lambda: pond.length("fills") == 1, "the poison is first in line")
@@ -98,12 +98,12 @@ async def test_a_fill_that_kills_llm_workers_is_buried_and_the_innocent_are_answ
             told = await outcomes(bad)
             found = await outcomes(good)
             await pond.settled()
-            assert deaths() == 4
+            assert deaths() == 3
     assert [type(one) for one in told] == [Poisoned] * 2
     assert [type(one) for one in found] == [Reply] * len(GOOD)
     (letter,) = found_letters(pond)
-    assert (letter.message["key"], letter.deliveries) == (pond.key(POISON).encode(), 4)
-    assert pond.calls(POISON) == 4
+    assert (letter.message["key"], letter.deliveries) == (pond.key(POISON).encode(), 3)
+    assert pond.calls(POISON) == 3
 
 
 async def test_a_buried_fill_can_be_retried_once_and_its_answer_is_stored(pond: Pond, partitions: int) -> None:
