@@ -12,6 +12,7 @@ import orjson
 import pytest
 import redis
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from shared import keys, messages
@@ -345,5 +346,6 @@ def test_a_hole_is_found(server: Server, tmp_path: Path, monkeypatch: pytest.Mon
     with server.connect() as connection:
         for script in SCRIPTS.values():
             connection.script_load(script.source)
-    with pytest.raises(AssertionError):
+    # Where time decides too, what was found may not be found again: hypothesis calls that flaky.
+    with pytest.raises((AssertionError, Flaky)):
         run_against_the_model(server, tmp_path, max_examples=1500, phases=[hypothesis.Phase.generate])
