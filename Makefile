@@ -14,7 +14,7 @@ demo: $(STAMP) ## replay a bundled workload on throwaway servers; shows answers 
 	@$(BIN)/millpond demo
 
 test: $(STAMP) ## run the tests, on real servers (ARGS="-k words" for some)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: $(STAMP) ## check format, lint and types
 	@$(BIN)/ruff format --check .

@@ -27,7 +27,9 @@ from shared.errors import ConfigError
 from shared.settings import Settings, load
 from tests import databases
 
+# In the environment, so that all processes of one run have the one that the header names.
 SEED = int(os.environ.get("MILLPOND_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
+os.environ["MILLPOND_TEST_SEED"] = str(SEED)
 
 #: Keys that may live without a TTL.
 KEPT = re.compile(
@@ -64,6 +66,12 @@ def _kinds() -> list[str]:
         if not kinds and databases.docker_answers():
             kinds.append("container")
     return kinds or ["none"]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes, each with servers of its own: most tests wait most of the time. One where a server is shared."""
+    shared = any(os.environ.get(f"MILLPOND_TEST_{name}_URL") for name in ("REDIS", "DATABASE"))
+    return 0 if shared else 2
 
 
 def pytest_report_header() -> str:
