@@ -65,7 +65,9 @@ def test_an_array_read_is_a_copy_that_may_be_written_to() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [object(), {1j: 2}, {1: "a key that is no text"}, np.array([object()]), float], ids=str
+    "value",
+    [object(), {1j: 2}, {1: "a key that is no text"}, np.array([object()]), float],
+    ids=["an object", "a complex key", "a key that is a number", "an array of objects", "a type"],
 )
 def test_what_cannot_be_stored_is_refused(value: Any) -> None:
     with pytest.raises(InvalidRequest) as refused:
