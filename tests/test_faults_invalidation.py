@@ -86,7 +86,7 @@ async def test_while_postgresql_is_away_l2_is_swept_and_l3_follows(
         await stock.store(number, tag)
     async with pond.working("invalidation", "invalidation"), pond.client() as client:
         assert await forget(client, tags=["x"]) == (0, 0)
-        own_database.stop()
+        own_database.kill()
         found = await client.invalidate(tags=["a"], wait=1.0)
         assert (found.complete, found.l2, found.l3) == (False, len(GONE), None)
         await asyncio.sleep(6 * 0.4)  # five leases: whoever does not renew them is given up

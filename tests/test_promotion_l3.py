@@ -128,7 +128,7 @@ async def test_while_postgresql_is_away_hits_still_count_and_afterwards_things_c
     pond.options |= {"database_url": own_database.url}
     shelf = Shelf(pond)
     await shelf.keep(own_database.url, 1, shelf.text())
-    own_database.stop()
+    own_database.kill()
     async with pond.working("promotion"):
         shelf.put(2, left_ms=30_000)
         shelf.report({1: [1, 0, 0], 2: [1, 0, 0]})
