@@ -245,7 +245,8 @@ class LookupConsumer(Consumer):
             # Tags the entry does not carry were not watched for it: the server's markers must be asked.
             tagged = not question.own_tags or (entry and set(question.own_tags) <= set(entry.tags))
             if entry and tagged and fits(entry, question, batch.now_ms):
-                self._serve(batch, [ask], entry, "l1")
+                batch.hit(ask, entry, "l1")
+                self._refreshing.consider(batch, ask, entry)
             else:
                 alone = b"%b %b" % (ask.client.encode(), ask.request_id) if question.mode == "bypass" else b""
                 batch.missing.setdefault((question, alone), []).append(ask)
