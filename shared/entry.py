@@ -73,7 +73,7 @@ class Entry:
     def reply(self, tier: str, now_ms: int, *, collapsed: bool = False, degraded: bool = False) -> bytes:
         """Return the reply payload that serves this entry from `tier` at `now_ms`."""
         text = payload(tier, collapsed, "stored", self.created_ms, self.fresh_ms, now_ms, self.tail, degraded=degraded)
-        return framed(text, self.blob)
+        return text if self.blob is None else framed(text, self.blob)
 
 
 def payload(
@@ -88,21 +88,21 @@ def payload(
     degraded: bool = False,
 ) -> bytes:
     """Return one reply payload; age and ttl in seconds, `stored` says `stored` or why not."""
-    age, ttl = max(0, now_ms - created_ms), max(0, fresh_ms - now_ms) if stored == "stored" else 0
-    marks = b'"stale":true,' if stored == "stored" and not ttl else b""
+    is_stored = stored == "stored"
+    age_ms = now_ms - created_ms if now_ms > created_ms else 0
+    ttl_ms = fresh_ms - now_ms if is_stored and fresh_ms > now_ms else 0
+    marks = b'"stale":true,' if is_stored and not ttl_ms else b""
     if degraded:
         marks += b'"degraded":true,'
-    return (
-        b'{"tier":"%b","collapsed":%b,"stored":"%b","age":%d.%03d,"ttl":%d.%03d,%b'
-        % (
-            tier.encode(),
-            b"true" if collapsed else b"false",
-            stored.encode(),
-            *divmod(age, 1000),
-            *divmod(ttl, 1000),
-            marks,
-        )
-    ) + tail
+    return b'{"tier":"%b","collapsed":%b,"stored":"%b","age":%.3f,"ttl":%.3f,%b%b' % (
+        tier.encode(),
+        b"true" if collapsed else b"false",
+        stored.encode(),
+        age_ms / 1000,
+        ttl_ms / 1000,
+        marks,
+        tail,
+    )
 
 
 def tail_of(key: str, model: str, body: bytes, *, provider: str | None = None, epoch: str = "0-0") -> bytes:

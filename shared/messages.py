@@ -6,6 +6,7 @@ worker may remember its results. docs/protocol.md describes the same for other l
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -96,6 +97,12 @@ class Question:
     lead: bool
     #: whether there is a cache at all
     enabled: bool
+    #: whether whatever valid entry its key has answers it: it brings no label of its own and no wish about age
+    any_entry: bool = dataclasses.field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        wishes = self.own_tags or self.lead or self.max_age_ms is not None
+        object.__setattr__(self, "any_entry", self.reads and not wishes)
 
     @property
     def reads(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from shared.entry import Entry
 from shared.link import Command
 from shared.messages import Kind
 
@@ -27,8 +28,9 @@ BOUNDS = (
 TIERS = ("l1", "l2", "l3", "semantic", "stale", "collapsed", "llm")
 #: The tiers whose hits are reported per key, in this order.
 KEYED = ("l1", "l2", "l3")
+_PLACES = {tier: place for place, tier in enumerate(KEYED)}
 _EVERY = 1.0
-_MOST_KEYS = 2000
+_MOST_SPOTS = 4000
 
 
 @dataclass(slots=True)
@@ -47,13 +49,18 @@ class Touches:
     def __init__(self, stream: str, limit: int) -> None:
         self._stream = stream
         self._limit = limit
-        self._keys: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(KEYED))
+        self._hits: dict[tuple[str, Kind, str, int], list[Any]] = {}
         self._sums: defaultdict[tuple[str, Kind], _Sum] = defaultdict(_Sum)
         self._due = 0.0
 
-    def touch(self, key: str, tier: str, hits: int) -> None:
-        """Count hits of one key."""
-        self._keys[key][KEYED.index(tier)] += hits
+    def hit(self, tier: str, kind: Kind, entry: Entry, hits: int, latency_ms: int) -> None:
+        """Count requests that an entry answered, what each saved, and that its key was hit."""
+        # Only noted here, once per batch and entry; added up when it is reported.
+        found = self._hits.get(spot := (tier, kind, entry.key, latency_ms))
+        if found is None:
+            self._hits[spot] = [entry, hits]
+        else:
+            found[1] += hits
 
     def add(
         self,
@@ -61,7 +68,6 @@ class Touches:
         kind: Kind,
         hits: int,
         latency_ms: int,
-        *,
         tokens: tuple[int, int] = (0, 0),
         cost: float | None = None,
         saved_ms: int = 0,
@@ -78,9 +84,14 @@ class Touches:
     def report(self, *, now: bool = False) -> list[Command]:
         """Return the command that reports what was counted, if there is anything and it is time; forget it."""
         moment = time.monotonic()
-        if not self._sums or not (now or moment >= self._due or len(self._keys) >= _MOST_KEYS):
+        due = now or moment >= self._due or len(self._hits) >= _MOST_SPOTS
+        if not due or not (self._hits or self._sums):
             return []
         self._due = moment + _EVERY
+        per_key: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(KEYED))
+        for (tier, kind, key, latency_ms), (entry, hits) in self._hits.items():
+            per_key[key][_PLACES[tier]] += hits
+            self.add(tier, kind, hits, latency_ms, entry.tokens, entry.cost, entry.compute_ms)
         stats: list[list[Any]] = [
             [
                 tier, kind.profile, kind.tenant, kind.model, kind.experiment, kind.variant, s.hits, s.prompt_tokens,
@@ -88,11 +99,11 @@ class Touches:
             ]
             for (tier, kind), s in self._sums.items()
         ]  # fmt: skip
-        data = orjson.dumps({"keys": self._keys, "stats": stats})
+        data = orjson.dumps({"keys": per_key, "stats": stats})
         self.clear()
         return [("XADD", self._stream, "NOMKSTREAM", "MAXLEN", "~", self._limit, "*", "data", data)]
 
     def clear(self) -> None:
         """Forget what was counted."""
-        self._keys.clear()
+        self._hits.clear()
         self._sums.clear()

@@ -34,7 +34,6 @@ class Hits:
     """The requests of one client that one entry answers. `since_ms`: when the first of them was published."""
 
     entry: Entry
-    kind: Kind
     since_ms: int
     request_ids: list[bytes]
 
@@ -47,8 +46,8 @@ class Batch:
     not_after_ms: int
     outbox: Outbox
     answered: list[bytes] = field(default_factory=list)
-    #: the requests that an entry answers, by client, tier, key, experiment and variant: told in one payload
-    hits: dict[tuple[str, str, str, str | None, str | None], Hits] = field(default_factory=dict)
+    #: the requests that an entry answers, by client, tier, key and kind: told in one payload
+    hits: dict[tuple[str, str, str, Kind], Hits] = field(default_factory=dict)
     #: requests of other partitions: the commands that hand them over, and the messages to retire once they did
     moves: list[Command] = field(default_factory=list)
     moved: list[bytes] = field(default_factory=list)
@@ -58,16 +57,16 @@ class Batch:
     refreshes: dict[str, tuple[Ask, Entry]] = field(default_factory=dict)
     missing: dict[tuple[Question, bytes], list[Ask]] = field(default_factory=dict)
 
-    def hit(self, ask: Ask, entry: Entry, tier: str) -> None:
-        """Answer one request from `tier`, together with all others of its client for the same entry."""
-        kind = ask.question.kind
-        found = self.hits.get(group := (ask.client, tier, entry.key, kind.experiment, kind.variant))
-        if found is None:
-            since_ms = int(ask.message_id.split(b"-")[0])
-            self.hits[group] = Hits(entry, kind, since_ms, [ask.request_id])
-        else:
-            found.request_ids.append(ask.request_id)
+    def hit(self, ask: Ask, entry: Entry, tier: str) -> bool:
+        """Answer one request from `tier`, with all others of its client and kind; say whether it is their first."""
         self.answered.append(ask.message_id)
+        kind = ask.question.kind
+        found = self.hits.get(group := (ask.client, tier, entry.key, kind))
+        if found is not None:
+            found.request_ids.append(ask.request_id)
+            return False
+        self.hits[group] = Hits(entry, int(ask.message_id.split(b"-")[0]), [ask.request_id])
+        return True
 
     def answer(self, ask: Ask, payload: bytes) -> None:
         """Reply to one request and let its message be retired."""
@@ -76,19 +75,10 @@ class Batch:
 
     def take(self, counters: Counters, touches: Touches) -> tuple[list[Command], list[bytes]]:
         """Return the replies so far, and the messages they answer; count the hits."""
-        for (client, tier, key, _, _), hits in self.hits.items():
+        for (client, tier, _, kind), hits in self.hits.items():
             entry, count = hits.entry, len(hits.request_ids)
             counters.add(f"hit.{tier}", count)
-            touches.touch(key, tier, count)
-            touches.add(
-                tier,
-                hits.kind,
-                count,
-                self.now_ms - hits.since_ms,
-                tokens=entry.tokens,
-                cost=entry.cost,
-                saved_ms=entry.compute_ms,
-            )
+            touches.hit(tier, kind, entry, count, self.now_ms - hits.since_ms)
             self.outbox.add(client, b" ".join(hits.request_ids), entry.reply(tier, self.now_ms))
         answered, self.answered = self.answered, []
         self.hits.clear()

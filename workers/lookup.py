@@ -238,15 +238,12 @@ class LookupConsumer(Consumer):
                 ask, error_payload(DeadlineExceeded("the deadline had passed before a worker saw the request"))
             )
         else:
-            if question.lead and not ask.client:
-                self._refuse(batch, message, InvalidRequest("who computes needs a reply channel", field="reply"))
-                return
             entry = self.l1.get(question.key, batch.now_ms) if question.reads else None
-            # Tags the entry does not carry were not watched for it: the server's markers must be asked.
-            tagged = not question.own_tags or (entry and set(question.own_tags) <= set(entry.tags))
-            if entry and tagged and fits(entry, question, batch.now_ms):
-                batch.hit(ask, entry, "l1")
-                self._refreshing.consider(batch, ask, entry)
+            if entry is not None and (question.any_entry or _watched(entry, question, batch.now_ms)):
+                if batch.hit(ask, entry, "l1"):
+                    self._refreshing.consider(batch, ask, entry)
+            elif question.lead and not ask.client:
+                self._refuse(batch, message, InvalidRequest("who computes needs a reply channel", field="reply"))
             else:
                 alone = b"%b %b" % (ask.client.encode(), ask.request_id) if question.mode == "bypass" else b""
                 batch.missing.setdefault((question, alone), []).append(ask)
@@ -395,6 +392,14 @@ class LookupConsumer(Consumer):
                         tokens=entry.tokens, cost=entry.cost, saved_ms=entry.compute_ms,
                     )  # fmt: skip
         # LOST, or an unreadable entry: nothing was acknowledged; whoever owns the messages joins them again.
+
+
+def _watched(entry: Entry, question: Question, now_ms: int) -> bool:
+    """Whether an entry in memory fits a request of certain wishes.
+
+    Labels the entry does not carry were not watched for it: for those the server's markers must be asked.
+    """
+    return set(question.own_tags) <= set(entry.tags) and fits(entry, question, now_ms)
 
 
 async def run(settings: Settings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
