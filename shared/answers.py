@@ -6,7 +6,7 @@ there reads as an empty text and as zero tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -39,15 +39,15 @@ def joined(content: object) -> str:
     return "".join(part["text"] for part in objects(content) if isinstance(part.get("text"), str))
 
 
-def objects(value: object) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects in a list; nothing when it is no list."""
-    if isinstance(value, list):
-        yield from (item for item in value if isinstance(item, dict))
+def objects(value: object) -> list[dict[str, Any]]:
+    """Return the JSON objects in a list; none when it is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def first_of(value: object) -> dict[str, Any]:
     """Return the first JSON object in a list, or an empty one."""
-    return next(objects(value), {})
+    found = objects(value)
+    return found[0] if found else {}
 
 
 def _is_message(item: dict[str, Any]) -> bool:
