@@ -80,9 +80,8 @@ def draw(recorder: Recorder, report: Report, path: Path) -> None:
         figure, (above, below) = plt.subplots(
             2, 1, sharex=True, figsize=(9, 6.2), height_ratios=(1, 1.15), layout="constrained"
         )
-        due = np.frombuffer(recorder.due)
-        windows = int(np.clip(len(due) // PER_WINDOW, *WINDOWS))
-        edges = np.linspace(0.0, max(float(due.max()), 1e-3), windows + 1)
+        windows = int(np.clip(len(recorder) // PER_WINDOW, *WINDOWS))
+        edges = np.linspace(0.0, max(max(recorder.due), 1e-3), windows + 1)
         _shares(above, recorder, edges)
         _latency(below, recorder, edges)
         below.set_xlim(edges[0], edges[-1])
