@@ -27,7 +27,7 @@ from tests.faults_support import Pond, answers, until
 from tests.outages import Outage
 from tests.proxy import Proxy
 from tests.shelf import Shelf, key
-from workers.lookup import LookupConsumer
+from workers.following import Following
 
 pond = faults_support.pond
 FAST: dict[str, Any] = {"simulated_first_token": 0.01}
@@ -216,7 +216,7 @@ async def test_what_is_put_while_postgresql_is_asked_is_not_hidden_by_what_it_he
     await keep(pond.options["database_url"], [(key_, pond.redis.get(name))])
     pond.redis.delete(name)
     asked, go_on = asyncio.Event(), asyncio.Event()
-    find, follow = L3.find, LookupConsumer._follow
+    find, follow = L3.find, Following.apply
     followed: list[Any] = []
 
     async def held(self: L3, keys: Sequence[str]) -> dict[str, bytes]:
@@ -226,12 +226,12 @@ async def test_what_is_put_while_postgresql_is_asked_is_not_hidden_by_what_it_he
         await go_on.wait()
         return found
 
-    def noted(self: LookupConsumer, log: list[Any]) -> None:
+    def noted(self: Following, log: list[Any]) -> None:
         follow(self, log)
         followed.extend(log[1:])
 
     monkeypatch.setattr(L3, "find", held)
-    monkeypatch.setattr(LookupConsumer, "_follow", noted)
+    monkeypatch.setattr(Following, "apply", noted)
     async with pond.working("lookup", l3_timeout=5.0), pond.client() as client:
         waiting = asyncio.create_task(client.get(*what))
         await asked.wait()

@@ -34,6 +34,7 @@ from workers.consumer import Consumer, Message, messages_of, server_ms
 from workers.crew import Crew
 from workers.database import OneL3
 from workers.dives import Dives
+from workers.following import Following
 from workers.joining import Joining, lead_payload
 from workers.refreshing import Refreshing
 from workers.runtime import run_crew
@@ -60,11 +61,11 @@ class LookupConsumer(Consumer):
         settings = crew.settings
         self.l3 = l3
         self.l1 = L1(entries=-(-settings.l1_entries // crew.partitions), size=settings.l1_bytes // crew.partitions)
+        self._following = Following(partition_keys, self.l1)
         rules = Rules.of(settings)
         #: understanding is a pure function of a request's bytes, and the same questions come again
         self._remembered = lru_cache(_REMEMBERED // crew.partitions)(partial(understand, rules=rules))
         self._rules = rules
-        self._log_at = b""
         patience = self.tick / 4
         self._answered = Answered(self.keys.requests, self.group, self.name, most=_BATCH, patience=patience)
         self._joining = Joining(self.keys, settings, self.group, self.name)
@@ -90,39 +91,14 @@ class LookupConsumer(Consumer):
     async def prepare(self) -> None:
         """Create the group; begin to follow the invalidation log at its end, with nothing in L1."""
         await super().prepare()
-        feed = self.keys.invalidations
-        (newest,) = await self.link.send([("XREVRANGE", feed, "+", "-", "COUNT", 1)])
-        if newest:
-            at = newest[0][0]
-        else:  # a log is never empty, so that a follower can tell "nothing new" from "gone"
-            at = await self.link.call(SCRIPTS["invalidate"].call([feed, self.keys.tags], ["genesis", 1000]))
-        if at != self._log_at:
-            self.l1.clear()
-            self._log_at = at
+        await self._following.begin(self.link)
 
     def state_lost(self) -> None:
         """What was cached belonged to the state that vanished."""
-        self.l1.clear()
-        self._log_at = b""
+        self._following.forget()
         self._answered.clear()
 
     # one turn
-
-    def _log_command(self) -> Command:
-        # Inclusive: the entry last seen must come first; if it does not, the log was trimmed past it, or flushed.
-        return ("XRANGE", self.keys.invalidations, self._log_at, "+")
-
-    def _follow(self, log: list[Any]) -> None:
-        gap = not log or log[0][0] != self._log_at
-        if gap:
-            self.l1.clear()
-        for entry_id, fields in log if gap else log[1:]:
-            self._log_at = entry_id
-            said = dict(zip(fields[::2], fields[1::2], strict=True))
-            if b"tags" in said:
-                self.l1.invalidate(said[b"tags"].decode(errors="replace").split("\n"))
-            elif b"count" not in said:  # an inquiry invalidates nothing
-                self.l1.clear()  # written by other hands; whatever it meant, nothing stale is served
 
     async def turn(self) -> None:
         """Reply to the last batch, read the next and the new invalidations, all in one write; judge it."""
@@ -130,7 +106,7 @@ class LookupConsumer(Consumer):
         retiring, count = self._answered.due()
         reading = (
             self.read_command(self.keys.requests, _BATCH, block=self.tick),
-            self._log_command(),
+            self._following.command(),
             ("TIME",),
         )
         try:
@@ -141,7 +117,7 @@ class LookupConsumer(Consumer):
         self._answered.confirm(messages, results[: len(replies)])
         read, log, now = self.checked(results[len(replies) :])[-3:]
         self._answered.retired(count)
-        self._follow(log)
+        self._following.apply(log)
         if read:
             await self._handle(messages_of(read[0][1]), server_ms(now))
 
@@ -156,8 +132,8 @@ class LookupConsumer(Consumer):
     async def handle_reclaimed(self, stream: str, messages: list[Message], since_ms: int) -> None:
         """As new ones, after catching up with the log."""
         fault_point("lookup_after_redeliver")
-        (log,) = self.checked(await self.link.post([self._log_command()]))
-        self._follow(log)
+        (log,) = self.checked(await self.link.post([self._following.command()]))
+        self._following.apply(log)
         await self._handle(messages, since_ms)
         await self.drain()
 
@@ -344,7 +320,7 @@ class LookupConsumer(Consumer):
         aboard: list[tuple[Question, list[Ask]]] = []
         for (question, _), asks in batch.missing.items():
             if question.mode == "only-if-cached":
-                epoch = self._log_at.decode()
+                epoch = self._following.at.decode()
                 refusal = error_payload(NotCached("nothing is cached for this request", epoch=epoch))
                 self.counters.add("not_cached", len(asks))
                 for ask in asks:
