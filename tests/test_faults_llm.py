@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from shared.errors import ProviderError
+from shared.providers.simulated import calls as calls_in
 from tests import faults_support
 from tests.faults_support import Pond, Raw, answers, outcomes, until
 from tests.processes import Process
@@ -54,6 +55,36 @@ async def test_an_llm_worker_killed_in_the_middle_of_many_calls_costs_one_more_c
             await answers(asked)
             await pond.settled()
     assert [pond.calls(prompt) for prompt in prompts] == [2] * 12
+
+
+async def test_refreshes_of_a_killed_worker_leave_half_the_slots_to_who_waits(pond: Pond) -> None:
+    pond.options |= {"profiles": {"response": {"ttl": 0.05, "stale_while_revalidate": 60}}, "llm_lease": 0.5}
+    prompts = [f"{PROMPT} ({n})" for n in range(8)]
+    async with pond.client() as client:
+        async with pond.working("lookup", "llm"):
+            await answers([client.ask(prompt) for prompt in prompts])
+        async with pond.working("lookup"):
+            while pond.length("refreshes") < 8:
+                await answers([client.ask(prompt) for prompt in prompts])
+            async with pond.process("llm", concurrency=16, simulated_first_token=30.0) as victim:
+                await until(lambda: pond.calls() == 16, "it computes all refreshes")
+                victim.sigkill()
+            waiting = asyncio.create_task(client.ask(PROMPT))
+            await until(lambda: pond.length("fills"), "somebody waits for a new answer")
+            await until(lambda: _idle_ms(pond) > 1000, "the leases of the dead worker have run out")
+            async with pond.working("llm", concurrency=4):
+                await waiting
+                await pond.settled()
+    after = [call["prompt"] for call in calls_in(pond.journal)][16:]
+    assert sorted(after) == sorted([*prompts, PROMPT])
+    assert after.index(PROMPT) <= 2, "before it, refreshes may take no more than half of the slots"
+
+
+def _idle_ms(pond: Pond) -> int:
+    """How long the one that was renewed last has not been."""
+    (group,) = pond._groups(pond.all_names()[0].refreshes)
+    held = pond.redis.xpending_range(pond.all_names()[0].refreshes, group["name"], "-", "+", 100)
+    return min((int(one["time_since_delivered"]) for one in held), default=0)
 
 
 @pytest.mark.parametrize("point", ["llm_after_land", "llm_after_reply"])

@@ -142,6 +142,10 @@ class Consumer(ABC):
         """How many reclaimed messages may be taken now."""
         return _RECLAIM_COUNT
 
+    def room_for(self, stream: str) -> int:
+        """How many of them from that stream."""
+        return self.room()
+
     async def prepare(self) -> None:
         """Create what must exist before the first read; runs again after every loss of connection or state."""
         for stream in self.streams:
@@ -264,18 +268,18 @@ class Consumer(ABC):
             return
         self._next_reclaim = now + self.tick
         for stream in self.streams:
-            if self.room() > 0:
-                await self._reclaim(stream)
+            if (room := self.room_for(stream)) > 0:
+                await self._reclaim(stream, min(room, _RECLAIM_COUNT))
             if now >= self._next_dismissal:
                 await self._dismiss_dead(stream)
         if now >= self._next_dismissal:
             self._next_dismissal = now + _DISMISS_AFTER / 2
 
-    async def _reclaim(self, stream: str) -> None:
+    async def _reclaim(self, stream: str, count: int) -> None:
         # JUSTID: being moved is not being delivered. The cursor is kept: a scan that restarts at 0-0 may never get
         # past the leased entries at the head.
         cursor = self._cursors.get(stream, b"0-0")
-        lease_ms, count = int(self.lease * 1000), min(self.room(), _RECLAIM_COUNT)
+        lease_ms = int(self.lease * 1000)
         claim = ("XAUTOCLAIM", stream, self.group, self.name, lease_ms, cursor, "COUNT", count, "JUSTID")
         now, reply = self.checked(await self.link.post([("TIME",), claim]))
         self._cursors[stream] = reply[0]

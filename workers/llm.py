@@ -100,6 +100,10 @@ class LLMConsumer(Consumer):
         """Free slots."""
         return self.slots - len(self._active)
 
+    def room_for(self, stream: str) -> int:
+        """Free slots; what a dead worker left of refreshes must not keep fills waiting either."""
+        return self._share_of_refreshes() if stream == self.keys.refreshes else self.room()
+
     async def prepare(self) -> None:
         """Create the groups and keep the heart beating."""
         await super().prepare()
@@ -122,13 +126,12 @@ class LLMConsumer(Consumer):
         block = None if self._refreshes_wait else min(self.tick, 0.25)
         await self._read(self.keys.fills, self.room(), block)
         # Room that is left was offered to the fills: none waits. That some always come must not starve the refreshes.
-        room = self._room_for_refreshes()
+        # None is begun while Redis' memory is above its mark; somebody may wait for one that was.
+        room = 0 if self.crew.pressure else self._share_of_refreshes()
         self._refreshes_wait = room > 0 and await self._read(self.keys.refreshes, room, None)
 
-    def _room_for_refreshes(self) -> int:
-        """Half the slots at most, and none while Redis' memory is above its mark: no fill waits for a refresh."""
-        if self.crew.pressure:
-            return 0
+    def _share_of_refreshes(self) -> int:
+        """Free slots among the half that refreshes may take: no fill waits for them."""
         taken = sum(stream == self.keys.refreshes for stream, _ in self._active)
         return min(self.room(), max(self.slots // 2, 1) - taken)
 
