@@ -204,6 +204,11 @@ def find(data_dir: Path) -> str | None:
     return servers.find(data_dir, _LOCK, _ping)
 
 
+def was_started(data_dir: Path) -> bool:
+    """Whether a server was started on `data_dir` and not stopped since: it runs, hangs, or died."""
+    return servers.read_record(data_dir, _LOCK) is not None
+
+
 def missing(data_dir: Path) -> str:
     """Return what to tell whoever needs the server that `find` did not find."""
     return servers.missing("PostgreSQL", data_dir, _LOCK)

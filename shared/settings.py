@@ -26,6 +26,11 @@ from redis.connection import ConnectionPool
 from shared.errors import ConfigError
 from shared.profiles import BUILT_IN, Profile
 
+#: What calls of simulated providers are recorded under.
+SIMULATED = re.compile("simulated(?:[/:]|$)")
+#: The names of providers that need no `[providers.NAME]`.
+DEFAULT_PROVIDERS = ("openai", "simulated")
+
 
 def default_data_dir() -> Path:
     """Return where the embedded servers keep their data: `$XDG_DATA_HOME/millpond`."""
@@ -209,6 +214,15 @@ class Settings(BaseSettings):
             raise ValueError("must start with postgresql://")
         return value
 
+    @field_validator("providers")
+    @classmethod
+    def _simulated_is(cls, value: dict[str, Endpoint]) -> dict[str, Endpoint]:
+        if any(endpoint.kind != "simulated" and SIMULATED.match(name) for name, endpoint in value.items()):
+            raise ValueError(
+                'a name that says simulated needs kind = "simulated": reports count its answers as made up'
+            )
+        return value
+
     @model_validator(mode="after")
     def _timeouts_in_order(self) -> Settings:
         if self.attempt_timeout > self.total_timeout:
@@ -248,6 +262,11 @@ class Settings(BaseSettings):
         if self.provider != "auto":
             return self.provider
         return "openai" if self.api_key or self.openai_base_url else "simulated"
+
+    def kind_of(self, provider: str) -> str | None:
+        """What the provider of a name is, `openai` or `simulated`; None where there is none of that name."""
+        endpoint = self.providers.get(provider)
+        return endpoint.kind if endpoint is not None else provider if provider in DEFAULT_PROVIDERS else None
 
 
 def load(**overrides: Any) -> Settings:

@@ -17,6 +17,7 @@ from tests.faults_support import Pond, outcomes, until
 from tests.outages import Outage
 from tests.persistence_support import is_written
 from workers.report import Report, Window, collect
+from workers.report_table import notes
 
 pond = faults_support.pond
 
@@ -69,6 +70,24 @@ async def test_every_dollar_of_a_known_history(pond: Pond, database: Database) -
     assert found.spent_prompt_tokens + found.spent_completion_tokens == 3 * cost
 
 
+async def test_a_simulated_endpoint_counts_as_one_whatever_its_name(pond: Pond, database: Database) -> None:
+    away = {"base_url": "http://127.0.0.1:1/v1", "api_key": "k"}
+    pond.options |= {
+        "providers": {"away": away, "cheap": {"kind": "simulated"}},
+        "profiles": {"response": {"providers": ["away", "cheap:m"]}},
+    }
+    async with pond.working(*WORKERS), pond.client() as client:
+        assert (await client.ask(PROMPT)).provider == "cheap:m"
+        await client.ask(PROMPT, mode="refresh")
+        await ask(client)
+        await pond.settled()
+    async with pond.working("persistence"):
+        found = await reported(pond, database)
+    assert (found.total.calls, found.total.simulated_calls) == (4, 2)
+    assert found.providers == {"away": 2, "simulated/cheap:m": 2}
+    assert any("2 of 4 calls were answered by the simulated provider" in note for note in notes(found))
+
+
 async def test_a_key_asked_for_once_a_second_is_among_the_most_asked(pond: Pond, database: Database) -> None:
     async with pond.working(*WORKERS), pond.client() as client:
         for _ in range(4):
@@ -77,7 +96,7 @@ async def test_a_key_asked_for_once_a_second_is_among_the_most_asked(pond: Pond,
             await asyncio.sleep(1.1)
     async with pond.working("persistence"):
         found = await reported(pond, database)
-    assert [key.hits for key in found.top] == [3]
+    assert [(key.hits, key.simulated) for key in found.top] == [(3, True)]
 
 
 async def test_who_failed_was_not_answered(pond: Pond, database: Database) -> None:

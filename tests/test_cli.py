@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from producers import commands as producing
 from shared.embedded import EmbeddedRedis
 from shared.keys import PartitionKeys
 from shared.messages import Mode
+from shared.postgres import EmbeddedPostgres
 from shared.settings import Settings
 from tests import command_line
 from tests.command_line import FAST, await_that, run, run_json
@@ -257,6 +259,36 @@ def test_the_doctor_judges_the_workers_and_not_its_own_shell(server: Server) -> 
         assert "switched off in 1 of 1" in found["cache"]["detail"]
         assert "provider openai (workers: simulated)" in found["this shell"]["detail"]
         assert "cache on (workers: off)" in found["this shell"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [("nowhere:m", "no provider 'nowhere'; known: cheap, openai, simulated"), ("openai", "needs a key")],
+)
+def test_the_doctor_names_a_chain_that_no_worker_would_start_with(
+    server: Server, tmp_path: Path, item: str, says: str
+) -> None:
+    chain = f'[providers.cheap]\nkind = "simulated"\n[profiles.faq]\nproviders = ["cheap:m", "{item}"]\n'
+    (tmp_path / "millpond.toml").write_text(chain)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for workers, level in ((0, "fail"), (1, "warn")):
+        with contextlib.ExitStack() as alive:
+            if workers:  # that have other settings
+                alive.enter_context(start_worker("llm", server.url, cwd=elsewhere))
+            done = run("doctor", "--json", url=server.url)
+        found = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+        assert found["chain"]["level"] == level
+        assert found["chain"]["detail"].startswith("profiles.faq.providers: ")
+        assert says in found["chain"]["detail"]
+
+
+def test_the_doctor_says_that_an_embedded_postgresql_is_silent(own_database: EmbeddedPostgres) -> None:
+    assert levels(json.loads(run("doctor", "--json", data_dir=own_database.data_dir).stdout))["postgresql"] == "ok"
+    own_database.kill()
+    found = json.loads(run("doctor", "--json", data_dir=own_database.data_dir).stdout)["findings"]
+    (told,) = [finding for finding in found if finding["subject"] == "postgresql"]
+    assert (told["level"], "does not answer" in told["detail"], "millpond up" in told["advice"]) == ("fail", True, True)
 
 
 def test_the_doctor_says_what_to_do_without_a_server() -> None:

@@ -140,6 +140,22 @@ async def test_every_figure_of_the_whole(busy: History) -> None:
     assert total.p95_ms == pytest.approx(4500.0)
 
 
+async def test_calls_of_simulated_providers_are_told_by_what_they_are(history: History) -> None:
+    for provider in ("simulated", "simulated:m", "simulated/cheap:m"):
+        await history.calls(0.1, provider=provider)
+    for provider in ("openai", "simulated-not:m", "cheap:simulated"):
+        await history.calls(0.1, provider=provider)
+    assert (await history.report()).total.simulated_calls == 3
+
+
+async def test_hits_on_what_was_made_up_are_told_though_nothing_was_called(history: History) -> None:
+    await history.hits("l1", 5, cost=1.0)
+    await history.key(b"k" * 16, 5, cost=0.2)
+    assert not any("no money" in note for note in report_table.notes(await history.report()))
+    await history.connection.execute("UPDATE answers SET provider = 'simulated/cheap'")
+    assert any("1 of the top keys" in note for note in report_table.notes(await history.report()))
+
+
 async def test_each_tier_has_its_share_its_latency_and_its_savings(busy: History) -> None:
     tiers = {tier.tier: tier for tier in (await busy.report()).tiers}
     assert list(tiers) == ["l1", "l3", "collapsed", "llm"]

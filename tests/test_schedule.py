@@ -61,10 +61,10 @@ async def scheduling(settings: Settings, *jobs: Job, name: str = "schedule-test"
 
 
 @asynccontextmanager
-async def at_desk(settings: Settings, partitions: int = 1) -> AsyncIterator[Desk]:
+async def at_desk(settings: Settings, partitions: int = 1, *, by_hand: bool = False) -> AsyncIterator[Desk]:
     """Yield what a job works with."""
     assert settings.redis_url is not None
-    desk = Desk(settings.redis_url.get_secret_value(), settings, partitions)
+    desk = Desk(settings.redis_url.get_secret_value(), settings, partitions, by_hand=by_hand)
     try:
         yield desk
     finally:
@@ -126,7 +126,7 @@ async def test_what_a_job_did_or_why_it_failed_is_recorded(settings: Callable[..
     assert [(r["ok"], r.get("result"), r.get("error")) for r in records] == [
         (True, {"done": 3}, None),
         (False, None, "nobody is there"),
-        (False, None, "not done within 0.05 s"),
+        (False, None, "not done within 0.05 s; `millpond doctor` says whether Redis and PostgreSQL answer"),
     ]
 
 

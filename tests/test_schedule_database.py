@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from shared.postgres import EmbeddedPostgres
 from shared.scripts import SCRIPTS
 from shared.settings import Settings
 from tests import test_warm
+from tests.command_line import run
 from tests.conftest import Server
 from tests.databases import Database
 from tests.test_schedule import at_desk
@@ -140,7 +143,46 @@ async def test_without_a_database_its_jobs_are_skipped(
     settings: Callable[..., Settings], server: Server, name: str
 ) -> None:
     async with at_desk(settings(l3=False)) as without:
-        assert await done(without, name) == {"skipped": "no database"}
+        assert await done(without, name) == {"skipped": "MILLPOND_L3=false does without PostgreSQL"}
+
+
+@pytest.mark.parametrize("name", ["partitions", "retention", "roll_up", "promotion_sweep", "warm_top"])
+async def test_by_hand_a_job_fails_for_want_of_a_database_and_says_what_to_do(
+    settings: Callable[..., Settings], server: Server, name: str
+) -> None:
+    chosen = settings(warm_top=1)
+    async with at_desk(chosen) as unattended:
+        assert "MILLPOND_DATABASE_URL" in (await done(unattended, name))["skipped"]
+    async with at_desk(chosen, by_hand=True) as desk:
+        record = await perform(desk, JOBS[name], "hand")
+    assert (record["ok"], "MILLPOND_DATABASE_URL" in record["error"]) == (False, True)
+
+
+@pytest.mark.parametrize("configured", [False, True], ids=["embedded", "configured"])
+def test_a_job_by_hand_says_that_postgresql_is_silent(
+    server: Server, own_database: EmbeddedPostgres, configured: bool
+) -> None:
+    named = {"database_url": own_database.url} if configured else {}
+    assert run("schedule", "run", "retention", url=server.url, data_dir=own_database.data_dir, **named).returncode == 0
+    os.kill(_postmaster(own_database), signal.SIGSTOP)  # ends with SIGCONT, as the fixture stops it
+    for job in ("retention",) if configured else ("retention", "prune"):  # a prune with nothing to do asks nobody
+        silent = run("schedule", "run", job, url=server.url, data_dir=own_database.data_dir, **named)
+        assert (silent.returncode, "PostgreSQL" in silent.stdout, "millpond " in silent.stdout) == (1, True, True), (
+            silent
+        )
+
+
+def _postmaster(database: EmbeddedPostgres) -> int:
+    return int((database.data / "data" / "postmaster.pid").read_text().splitlines()[0])
+
+
+async def test_pruning_fails_where_the_database_that_others_write_to_is_not_known(
+    settings: Callable[..., Settings], server: Server, link: Link
+) -> None:
+    await link.call(("XGROUP", "CREATE", NAMES.landed, keys.PERSISTENCE_GROUP, "0", "MKSTREAM"))
+    async with at_desk(settings()) as desk:
+        record = await perform(desk, JOBS["prune"], "schedule")
+    assert (record["ok"], "MILLPOND_DATABASE_URL" in record["error"]) == (False, True)
 
 
 async def test_a_database_that_is_away_is_told_and_found_again(

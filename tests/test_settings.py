@@ -140,6 +140,14 @@ def test_what_is_no_redis_url_is_refused_without_repeating_it(url: str) -> None:
     assert "hunter2" not in str(refusal.value)
 
 
+def test_an_endpoint_that_is_real_cannot_be_named_simulated(tmp_path: Path) -> None:
+    (tmp_path / "millpond.toml").write_text('[providers.simulated]\nbase_url = "http://localhost:1/v1"\n')
+    with pytest.raises(ConfigError, match=r"MILLPOND_PROVIDERS.*kind = "):
+        load()
+    (tmp_path / "millpond.toml").write_text('[providers.cheap]\nkind = "simulated"\n')
+    assert [load().kind_of(name) for name in ("cheap", "openai", "none")] == ["simulated", "openai", None]
+
+
 def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "millpond.toml").write_bytes(b"model = '\xff'\n")
     with pytest.raises(ConfigError, match="not UTF-8"):

@@ -16,7 +16,8 @@ class Line:
 
     `requests` are those answered: `hits` from a stored answer, `coalesced` by joining a computation, `computed` by one
     of their own. Tokens and dollars of `spent` are the provider calls'; of `saved` what the calls would have cost that
-    nobody made. `overhead` is the part of `spent` that no request waited for (refreshes, warming).
+    nobody made. `overhead` is the part of `spent` that no request waited for (refreshes, warming). Dollars of
+    `simulated_calls`, and of hits on what they answered, are what the model they stand in for would have cost.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Line:
     failed_calls: int
     background_calls: int
     unpriced_calls: int
+    simulated_calls: int
     spent_prompt_tokens: int
     spent_completion_tokens: int
     spent: float

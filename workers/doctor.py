@@ -18,9 +18,10 @@ import orjson
 import redis
 
 import migrations
-from shared import console, embedded, keys
+from shared import console, embedded, keys, postgres
 from shared.database import resolve_database_url
 from shared.errors import ConfigError, Unavailable
+from shared.providers import make_provider
 from shared.settings import Settings
 from workers import durable, overview
 from workers.kinds import BACKGROUND
@@ -92,6 +93,12 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", "postgresql", "switched off (l3 is false): answers live as long as Redis keeps them")
         return
     seen = durable.look(settings)
+    if seen is None and postgres.was_started(settings.data_dir):
+        advice = (
+            "if `millpond up` still runs there, try again in a moment; if not, run it; until then answers wait in Redis"
+        )
+        yield Finding("fail", "postgresql", f"the embedded one on {settings.data_dir} does not answer", advice)
+        return
     if seen is None:
         yield Finding(
             "warn",
@@ -129,6 +136,7 @@ def _schema(seen: durable.Durable) -> Finding:
 def _of_this_shell(settings: Settings) -> Iterator[Finding]:
     """What workers started here would do; to be told while none are alive."""
     yield _provider(settings)
+    yield from _chains(settings, "fail", "correct it there: no LLM worker starts with it")
     if not settings.cache_enabled:
         yield Finding(
             "warn", "cache", "switched off: every request goes to the provider", "MILLPOND_CACHE_ENABLED=true"
@@ -137,13 +145,31 @@ def _of_this_shell(settings: Settings) -> Iterator[Finding]:
 
 def _provider(settings: Settings) -> Finding:
     detail = provider_in_force(settings)
-    if settings.provider_name == "simulated":
+    if settings.kind_of(settings.provider_name) == "simulated":
         return Finding("warn", "provider", detail, "fine to try things out; not for real answers")
     if find_spec("openai") is None:
         return Finding("fail", "provider", detail, "its SDK is missing: pip install 'millpond[workers]'")
     if settings.api_key is None and settings.openai_base_url is None:
         return Finding("fail", "provider", f"{detail}, no key", "set OPENAI_API_KEY or MILLPOND_OPENAI_API_KEY")
     return Finding("ok", "provider", f"{detail}, {'key present' if settings.api_key else 'no key'}")
+
+
+def _chains(settings: Settings, level: Level, advice: str) -> Iterator[Finding]:
+    """Chains that no LLM worker would start with."""
+    for profile, about in settings.all_profiles.items():
+        setting = f"profiles.{profile}.providers"
+        if about.providers and about.resolver is not None:
+            yield Finding(level, "chain", f"{setting}: there is a resolver too", "keep one of them")
+        for name in dict.fromkeys(item.partition(":")[0] for item in about.providers):
+            try:
+                if settings.kind_of(name) != "simulated":
+                    make_provider(settings, name)  # connects to nothing yet
+            except ConfigError as error:
+                yield Finding(level, "chain", f"{setting}: {error.message}", advice)
+            except ImportError as error:
+                yield Finding(
+                    level, "chain", f"{setting}: {name} needs {error.name}", "pip install 'millpond[workers]'"
+                )
 
 
 def _unreachable_advice(error: Exception) -> str:
@@ -271,6 +297,12 @@ def _in_force(seen: overview.Overview, settings: Settings) -> Iterator[Finding]:
     providers = [str(w["provider"]) for w in seen.workers if w.get("kind") == "llm" and w.get("provider")]
     switches = [bool(w["cache_enabled"]) for w in seen.workers if w.get("kind") == "lookup" and "cache_enabled" in w]
     yield _live_provider(providers) if providers else _provider(settings)
+    if providers:
+        yield from _chains(
+            settings, "warn", "the workers were started otherwise; correct it before you start any from here"
+        )
+    else:
+        yield from _chains(settings, "fail", "correct it there: no LLM worker starts with it")
     if switches:
         yield _live_cache(switches)
     differing = []

@@ -23,14 +23,12 @@ MOST_BATCHES = 500
 #: A consumer silent for this long (seconds), and for ten leases, belongs to a worker that is gone.
 SILENT = 60.0
 
-NO_DATABASE: Result = {"skipped": "no database"}
-
 
 async def partitions(desk: Desk) -> Result:
     """Create the day partitions of the next week."""
     pool = await desk.database()
     if pool is None:
-        return NO_DATABASE
+        return desk.without_database()
     created = await pool.fetchval("SELECT ensure_partitions($1)", DAYS_AHEAD)
     return {"days_ahead": DAYS_AHEAD, "created": list(created)}
 
@@ -39,7 +37,7 @@ async def retention(desk: Desk) -> Result:
     """Drop history past its time; delete answers that ended before that, audit rows, and idle experiments."""
     pool = await desk.database()
     if pool is None:
-        return NO_DATABASE
+        return desk.without_database()
     days = desk.settings.retention_days
     dropped = await pool.fetchval("SELECT drop_partitions($1)", days)
     # SKIP LOCKED: two runs at once share the work, and a row that is being rewritten is not waited for.
@@ -71,7 +69,7 @@ async def roll_up(desk: Desk) -> Result:
     """Keep the most asked keys of every hour that is over, and drop the long tail below them."""
     pool = await desk.database()
     if pool is None:
-        return NO_DATABASE
+        return desk.without_database()
     hours = await pool.fetch(
         """
         SELECT hour FROM top_keys WHERE hour < date_trunc('hour', now()) AND hour >= now() - interval '2 days'

@@ -20,7 +20,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared import keys
 from shared.database import DATABASE_ERRORS, cannot_reach
-from shared.errors import MillpondError
+from shared.errors import MillpondError, Unavailable
 from shared.keys import PartitionKeys
 from shared.messages import Rules
 from workers import housekeeping, memory, orphans
@@ -58,7 +58,7 @@ async def _promotion_sweep(desk: Desk) -> Result:
 
     pool = await desk.database()
     if pool is None:
-        return housekeeping.NO_DATABASE
+        return desk.without_database()
     return dict(await sweep(desk.link, pool, desk.settings, desk.partitions))
 
 
@@ -71,6 +71,11 @@ async def _prune(desk: Desk) -> Result:
         pruned = await prune(desk.link, pool, names, older_than=desk.settings.marker_age)
         counts[pruned.state] += 1
         counts["markers"] += pruned.markers
+    if counts["no-database"]:
+        raise Unavailable(
+            f"the answers of {counts['no-database']} partitions are written to a PostgreSQL that is not known here: "
+            "set MILLPOND_DATABASE_URL as for their persistence worker"
+        )
     return {name: count for name, count in counts.items() if count or name == "markers"}
 
 
@@ -81,7 +86,7 @@ async def _warm_top(desk: Desk) -> Result:
         return {"skipped": "MILLPOND_WARM_TOP says how many, and is 0"}
     pool = await desk.database()
     if pool is None:
-        return housekeeping.NO_DATABASE
+        return desk.without_database()
     if await desk.link.call(("EXISTS", keys.PRESSURE)):
         return {"skipped": "Redis' memory is above its mark"}
     since = datetime.now(UTC) - timedelta(days=1)
@@ -177,15 +182,19 @@ async def perform(desk: Desk, job: Job, by: Literal["schedule", "hand"]) -> Resu
     """
     at, began = datetime.now(UTC), time.monotonic()
     said: Result
+    bounds = asyncio.timeout(job.timeout)
     try:
-        async with asyncio.timeout(job.timeout):
+        async with bounds:
             said = {"ok": True, "result": await job.run(desk)}
     except (RedisConnectionError, RedisTimeoutError):
         raise
     except Exception as error:
         expected = isinstance(error, MillpondError | TimeoutError | OSError)
-        log.warning("%s failed: %s", job.name, _words(error, job), exc_info=not expected)
-        said = {"ok": False, "error": _words(error, job)}
+        words = _words(error)
+        if bounds.expired():
+            words = f"not done within {job.timeout:g} s; `millpond doctor` says whether Redis and PostgreSQL answer"
+        log.warning("%s failed: %s", job.name, words, exc_info=not expected)
+        said = {"ok": False, "error": words}
     record = {
         "name": job.name,
         "at": at.isoformat(timespec="milliseconds"),
@@ -197,11 +206,11 @@ async def perform(desk: Desk, job: Job, by: Literal["schedule", "hand"]) -> Resu
     return record
 
 
-def _words(error: BaseException, job: Job) -> str:
-    if isinstance(error, TimeoutError):
-        return f"not done within {job.timeout:g} s"
+def _words(error: BaseException) -> str:
     if isinstance(error, MillpondError):
         return error.message[:_LONGEST]
     if isinstance(error, DATABASE_ERRORS):
-        return cannot_reach(error)[:_LONGEST] if isinstance(error, OSError) else f"PostgreSQL: {error}"[:_LONGEST]
+        if isinstance(error, OSError):
+            return cannot_reach(error)[:_LONGEST]
+        return f"PostgreSQL: {str(error)[:_LONGEST]}; `millpond doctor` says what to do"
     return f"{type(error).__name__}: {error}"[:_LONGEST]

@@ -15,6 +15,7 @@ import orjson
 
 from shared.entry import unpack
 from shared.envelope import Unreadable, opened
+from shared.settings import SIMULATED
 from shared.touches import BOUNDS, TIERS
 
 #: Latency buckets of a hit's histogram.
@@ -227,7 +228,7 @@ def _answer(partition: int, key: bytes, text: bytes, call: dict[str, Any] | None
         profile=marks.get("profile", ""),
         tenant=marks.get("tenant", ""),
         model=_text(about["model"], "model"),
-        provider=_known(about["provider"], "provider"),
+        provider=_provider(about["provider"], call is not None and call.get("simulated")),
         endpoint=None if call is None else _known(call.get("endpoint"), "endpoint"),
         prompt_tokens=_count(found.tokens[0], "tokens", _INT),
         completion_tokens=_count(found.tokens[1], "tokens", _INT),
@@ -251,7 +252,7 @@ def _calls(partition: int, message_id: bytes, key: bytes, outcome: str, call: di
         profile=_text(call["profile"], "profile"),
         tenant=_text(call["tenant"], "tenant"),
         model=_text(call["model"], "model"),
-        provider=_known(call.get("provider"), "provider"),
+        provider=_provider(call.get("provider"), call.get("simulated")),
         endpoint=_known(call.get("endpoint"), "endpoint"),
         kind=_text(call.get("kind") or "fill", "kind"),
         outcome=outcome,
@@ -268,7 +269,7 @@ def _calls(partition: int, message_id: bytes, key: bytes, outcome: str, call: di
         own = whole._replace(
             attempt=number,
             model=_text(attempt.get("model") or whole.model, "model"),
-            provider=_known(attempt.get("provider"), "provider") or whole.provider,
+            provider=_provider(attempt.get("provider"), attempt.get("simulated")) or whole.provider,
             duration_ms=_count(attempt.get("duration_ms", whole.duration_ms), "duration_ms", _INT),
         )
         if number < len(attempts) - 1:
@@ -335,6 +336,12 @@ def _text(value: object, what: str) -> str:
 
 def _known(value: object, what: str) -> str | None:
     return _text(value, what) if value else None
+
+
+def _provider(name: object, simulated: object) -> str | None:
+    """Return the name to record: that of a simulated provider says so."""
+    known = _known(name, "provider")
+    return f"simulated/{known}" if known and simulated and not SIMULATED.match(known) else known
 
 
 def _count(value: object, what: str, most: int = _BIGINT // 1_000_000) -> int:

@@ -79,6 +79,7 @@ class TopKey:
     model: str | None
     saved: float | None
     prompt: str | None
+    simulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,7 @@ def _line(row: asyncpg.Record) -> Line:
         failed_calls=row["failed_calls"],
         background_calls=row["background_calls"],
         unpriced_calls=row["unpriced_calls"],
+        simulated_calls=row["simulated_calls"],
         spent_prompt_tokens=row["spent_prompt_tokens"],
         spent_completion_tokens=row["spent_completion_tokens"],
         spent=row["spent"],
@@ -223,6 +225,7 @@ def _top_key(row: asyncpg.Record) -> TopKey:
         tenant=row["tenant"],
         model=row["model"],
         saved=row["saved"],
+        simulated=row["simulated"],
         prompt=None if row["prompt"] is None else asked(orjson.loads(row["prompt"])),
     )
 

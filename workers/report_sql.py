@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from shared.settings import SIMULATED
 from shared.touches import BOUNDS, TIERS
 
 By = Literal["day", "hour", "tier", "profile", "tenant", "model", "experiment"]
@@ -35,6 +36,8 @@ _WRITTEN = {
 _HISTOGRAM = (
     "ARRAY[" + ", ".join(f"coalesce(sum(histogram[{n}]), 0)" for n in range(1, len(BOUNDS) + 2)) + "]::bigint[]"
 )
+#: What no model was called for, whatever the provider's name.
+_SIMULATED = f"coalesce(provider, '') ~ '^{SIMULATED.pattern}'"
 _PER_TIER = "ARRAY[" + ", ".join(f"sum(hits) FILTER (WHERE tier = '{tier}')" for tier in TIERS) + "]::bigint[]"
 
 
@@ -60,6 +63,7 @@ WITH served AS (
   SELECT {paid} AS name, count(*) AS calls,
     count(*) FILTER (WHERE outcome = ANY($3::text[])) AS failed_calls,
     count(*) FILTER (WHERE kind <> 'fill') AS background_calls,
+    count(*) FILTER (WHERE {_SIMULATED}) AS simulated_calls,
     count(*) FILTER (WHERE cost IS NULL AND prompt_tokens + completion_tokens > 0) AS unpriced_calls,
     sum(prompt_tokens) AS spent_prompt_tokens, sum(completion_tokens) AS spent_completion_tokens,
     sum(cost) AS spent, sum(cost) FILTER (WHERE kind <> 'fill') AS overhead, sum(cost * cost) AS squares
@@ -69,6 +73,7 @@ WITH served AS (
     coalesce(requests, 0)::bigint AS requests, coalesce(tiers, '{{}}') AS tiers, histogram,
     coalesce(calls, 0) AS calls, coalesce(failed_calls, 0) AS failed_calls,
     coalesce(background_calls, 0) AS background_calls, coalesce(unpriced_calls, 0) AS unpriced_calls,
+    coalesce(simulated_calls, 0) AS simulated_calls,
     coalesce(spent_prompt_tokens, 0)::bigint AS spent_prompt_tokens,
     coalesce(spent_completion_tokens, 0)::bigint AS spent_completion_tokens,
     coalesce(spent, 0) AS spent, coalesce(overhead, 0) AS overhead, coalesce(squares, 0) AS squares,
@@ -107,13 +112,13 @@ SELECT name, count(*) AS hours, sum(h) AS h, sum(c) AS c, sum(n) AS n, sum(h * h
 FROM hours GROUP BY name"""
 
 #: $3 how many.
-TOP_QUERY = """
+TOP_QUERY = f"""
 SELECT encode(often.key, 'hex') AS key, often.hits, profile, tenant, model, often.hits * cost AS saved,
-  prompt::text AS prompt
+  prompt::text AS prompt, {_SIMULATED} AS simulated
 FROM (
   SELECT key, sum(hits)::bigint AS hits FROM top_keys WHERE hour >= $1 AND hour < $2
   GROUP BY key ORDER BY 2 DESC, 1 LIMIT $3
-) AS often LEFT JOIN answers USING (key) ORDER BY often.hits DESC, 1"""
+) AS often LEFT JOIN answers USING (key) ORDER BY often.hits DESC, 1"""  # noqa: S608
 
 PROVIDERS_QUERY = """
 SELECT coalesce(provider, '') AS provider, count(*) AS calls FROM calls

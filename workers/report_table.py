@@ -145,10 +145,14 @@ def notes(report: Report) -> list[str]:
         found.append(f"History begins at {report.first_hour:%Y-%m-%d %H:%M} UTC.")
     if report.first_hour is None:
         found.append("There is no history yet: hits are written by the persistence worker, about once a second.")
-    if simulated := report.providers.get("simulated"):
+    if total.simulated_calls:
         found.append(
-            f"{simulated:,} of {total.calls:,} calls were answered by the simulated provider: no model was called; "
-            "dollars are what the model it stands in for would have cost."
+            f"{total.simulated_calls:,} of {total.calls:,} calls were answered by the simulated provider: no model was "
+            "called; dollars are what the model it stands in for would have cost."
+        )
+    elif stored := sum(key.simulated for key in report.top):
+        found.append(
+            f"{stored:,} of the top keys were answered by the simulated provider: what they saved is no money."
         )
     if report.variants:
         found.append(

@@ -59,6 +59,8 @@ def run_job(
 ) -> None:
     """Run one job now, here, and show what it did. Jobs are idempotent: one more run does no harm.
 
+    A job that needs PostgreSQL fails without one, unless MILLPOND_L3=false does without; then it is skipped.
+
     Example: millpond schedule run retention
 
     Exit codes: 0 done, 1 the job failed, 2 no such job or a wrong setting, 3 Redis unavailable.
@@ -70,9 +72,9 @@ def run_job(
         if as_json:
             print_json(done)
         else:
-            colour = "green" if done["ok"] else "red"
-            word = "done" if done["ok"] else "failed"
-            line = f"[{colour}]{word}[/]  {name} in {done['seconds']:.2f} s: {_outcome(done)}"
+            skipped = done["ok"] and "skipped" in done["result"]
+            word = "" if skipped else "[green]done[/]  " if done["ok"] else "[red]failed[/]  "
+            line = f"{word}{name} in {done['seconds']:.2f} s: {_outcome(done)}"
             Console(soft_wrap=True, highlight=False).print(line)
         raise typer.Exit(0 if done["ok"] else 1)
 
@@ -85,7 +87,7 @@ async def _run(name: str) -> Result:
         partitions = await settle(link, chosen.partitions)
     finally:
         await link.close()
-    desk = Desk(url, chosen, partitions)
+    desk = Desk(url, chosen, partitions, by_hand=True)
     try:
         return await perform(desk, JOBS[name], "hand")
     finally:

@@ -190,7 +190,10 @@ class Settling:
     def _call(self, fill: Fill, progress: Progress) -> dict[str, Any]:
         """What is told of a flight to the durable tier; its attempts only if there was more than one."""
         kind = "refresh" if fill.stream == self._keys.refreshes else "fill"
-        attempts = {"attempts": progress.attempts} if len(progress.attempts) > 1 else {}
+        attempts: dict[str, Any] = {"attempts": progress.attempts} if len(progress.attempts) > 1 else {}
+        # Who tells of an answer, or of the last error, is who was asked last.
+        if progress.attempts[-1:] and progress.attempts[-1].get("simulated"):
+            attempts["simulated"] = True
         return fill.about | {"endpoint": fill.endpoint, "kind": kind} | attempts
 
     async def _write(self, script: Script, names: list[str] | tuple[str, ...], args: list[Arg]) -> list[Any]:

@@ -261,7 +261,7 @@ class _Supervisor:
 
 def provider_in_force(settings: Settings) -> str:
     """Return the provider's name, and for the simulated one that it is and how to have a real one."""
-    if settings.provider_name == "simulated":
+    if settings.kind_of(settings.provider_name) == "simulated":
         return "simulated: answers are made up (set OPENAI_API_KEY or MILLPOND_OPENAI_BASE_URL for real ones)"
     where = f" at {console.masked(settings.openai_base_url)}" if settings.openai_base_url else ""
     return settings.provider_name + where

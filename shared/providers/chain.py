@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from shared.errors import ConfigError, ContentFiltered, MillpondError, ProviderError, ProviderTimeout, Unavailable
 from shared.providers import make_provider
@@ -33,12 +33,13 @@ _EARLY = 0.01
 
 
 class Attempt(TypedDict):
-    """One call to a provider; `outcome` is `ok`, `cancelled`, or its error's code."""
+    """One call to a provider; `outcome` is `ok`, `cancelled`, or its error's code; `simulated` is there if true."""
 
     provider: str
     model: str
     outcome: str
     duration_ms: int
+    simulated: NotRequired[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Route:
     model: str | None = None
     #: an application's function: run once, with nothing between
     resolver: bool = False
+    #: no model is called, whatever it is named
+    simulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,8 @@ class Chains:
                 raise ConfigError(
                     f"profile {profile!r}, providers, {item!r}: {error.message}", field=f"profiles.{profile}.providers"
                 ) from error
-        return Route(item, self._providers[name], model or None)
+        simulated = self._settings.kind_of(name or self._settings.provider_name) == "simulated"
+        return Route(item, self._providers[name], model or None, simulated=simulated)
 
 
 async def ask(
@@ -221,14 +225,15 @@ class _Asking:
             spent = time.monotonic() - began
             if outcome == "cancelled" and spent > timeout - _EARLY:
                 outcome = ProviderTimeout.code
-            self.attempts.append(
-                {
-                    "provider": self.route.name,
-                    "model": self.model,
-                    "outcome": outcome,
-                    "duration_ms": int(spent * 1000),
-                }
-            )
+            attempt: Attempt = {
+                "provider": self.route.name,
+                "model": self.model,
+                "outcome": outcome,
+                "duration_ms": int(spent * 1000),
+            }
+            if self.route.simulated:
+                attempt["simulated"] = True
+            self.attempts.append(attempt)
 
     async def _resolved(self, total: float) -> Completion:
         try:
