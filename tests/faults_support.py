@@ -21,6 +21,7 @@ from producers.client import Client
 from producers.reply import Reply
 from shared import keys
 from shared.embedded import EmbeddedRedis
+from shared.envelope import opened
 from shared.keys import PartitionKeys, partition_of
 from shared.messages import Rules, understand
 from shared.providers.simulated import calls
@@ -57,6 +58,15 @@ async def until(condition: Callable[[], object], what: str, timeout: float = 15.
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"after {timeout} s still not: {what}"
+        await asyncio.sleep(_POLL)
+
+
+async def throughout(seconds: float, condition: Callable[[], object], what: str) -> None:
+    """Look again and again for so long (seconds); fail with `what` when `condition` does not hold at one look."""
+    deadline, over = time.monotonic() + seconds, False
+    while not over:
+        over = time.monotonic() >= deadline
+        assert condition(), f"not for {seconds} s: {what}"
         await asyncio.sleep(_POLL)
 
 
@@ -107,6 +117,23 @@ class Pond:
         """Return one of the deployment's counters."""
         return int(self.redis.execute_command("HGET", keys.STATS, name) or 0)
 
+    def now_ms(self) -> int:
+        """Return the server's time, by which answers age."""
+        seconds, micros = self.redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    async def past(self, moment_ms: int) -> None:
+        """Wait until a moment of the server's time is over."""
+        await until(lambda: self.now_ms() > moment_ms, "that moment is over")
+
+    async def aged(self, seconds: float | None = None) -> None:
+        """Wait until each answer in L2 is older than so many seconds; without them, until none is fresh."""
+        entries = [opened(text) for text in self.redis.mget(self.found("{mp:*}:entry:*")) if text]
+        assert entries, "nothing is stored"
+        spans = [one.ttl_ms if seconds is None else int(seconds * 1000) for one in entries]
+        over = max(one.created_ms + span for one, span in zip(entries, spans, strict=True))
+        await self.past(over)
+
     def key(self, prompt: str) -> str:
         """Return the cache key of a plain prompt."""
         return understand(body_of(prompt), None, Rules.of(self.settings)).key
@@ -130,6 +157,22 @@ class Pond:
             for group in self._groups(getattr(names, stream)):
                 count += int(group["pending"])
         return count
+
+    def in_hand(self, stream: str, group: str) -> dict[bytes, tuple[str, int]]:
+        """Return the messages of one kind of stream that a group holds: whose each is, how often it was delivered."""
+        return {
+            one["message_id"]: (one["consumer"].decode(), int(one["times_delivered"]))
+            for one in self._pending(stream, group)
+        }
+
+    def longest_idle(self, stream: str, group: str) -> float:
+        """Return for how long (seconds) nothing was heard of the message in hand that was renewed the least lately."""
+        return max(int(one["time_since_delivered"]) for one in self._pending(stream, group)) / 1000
+
+    def _pending(self, stream: str, group: str) -> list[dict[str, Any]]:
+        names = [getattr(k, stream) for k in self.all_names()]
+        found = [self.redis.xpending_range(name, group, "-", "+", 10_000) for name in names if self.redis.exists(name)]
+        return [one for part in found for one in part]
 
     def consumers(self, stream: str) -> set[str]:
         """Return the names of the consumers in the group of one kind of stream."""

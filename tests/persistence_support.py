@@ -9,7 +9,7 @@ import asyncpg
 import orjson
 
 from shared.entry import pack
-from shared.keys import PartitionKeys, partition_of
+from shared.keys import PERSISTENCE_GROUP, PartitionKeys, partition_of
 from shared.touches import BOUNDS
 from tests.faults_support import Pond
 
@@ -107,27 +107,12 @@ def lag(pond: Pond, stream: str) -> int:
     return behind
 
 
-def _pending(pond: Pond, stream: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for names in pond.all_names():
-        name = getattr(names, stream)
-        if pond.redis.exists(name):
-            found += pond.redis.xpending_range(name, "persistence", "-", "+", 10_000)
-    return found
-
-
 def owners(pond: Pond, stream: str) -> set[str]:
     """Return who holds the delivered messages of one kind of stream."""
-    return {one["consumer"].decode() for one in _pending(pond, stream)}
+    return {owner for owner, _ in pond.in_hand(stream, PERSISTENCE_GROUP).values()}
 
 
 def held_by(pond: Pond, stream: str, name: str) -> dict[bytes, int]:
     """Return the messages of one kind of stream that a consumer holds, and how often each was delivered."""
-    held = [one for one in _pending(pond, stream) if one["consumer"].decode() == name]
-    return {one["message_id"]: int(one["times_delivered"]) for one in held}
-
-
-def idle(pond: Pond, stream: str, name: str) -> list[float]:
-    """Return for how long (seconds) nothing was heard of each message that a consumer holds."""
-    held = [one for one in _pending(pond, stream) if one["consumer"].decode() == name]
-    return [one["time_since_delivered"] / 1000 for one in held]
+    held = pond.in_hand(stream, PERSISTENCE_GROUP).items()
+    return {message_id: deliveries for message_id, (owner, deliveries) in held if owner == name}

@@ -39,18 +39,13 @@ class Shelf:
         """Return the key names of that key's partition."""
         return PartitionKeys(partition_of(key(number), self.pond.partitions))
 
-    def now_ms(self) -> int:
-        """Return the server's time."""
-        seconds, micros = self.redis.time()
-        return int(seconds) * 1000 + int(micros) // 1000
-
     def text(
         self, *tags: str, age_ms: int = 0, ttl_ms: int = DAY_MS, epoch: str = GENESIS, body: bytes = b"{}"
     ) -> bytes:
         """Return an entry computed `age_ms` ago."""
         meta, packed = pack(body, model="m", compute_ms=1, compress_above=1 << 20, provider="p")
         labels = ("profile:response", "tenant:default", "model:m", *tags)
-        first = f"mp2 {epoch} {self.now_ms() - age_ms} {ttl_ms} 0 0 {len(labels)}"
+        first = f"mp2 {epoch} {self.pond.now_ms() - age_ms} {ttl_ms} 0 0 {len(labels)}"
         return "\n".join((first, *labels, "")).encode() + meta + b"\n" + packed
 
     def put(self, number: int, *tags: str, left_ms: int = PROBATION_MS, **entry: Any) -> bytes:

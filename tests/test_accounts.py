@@ -7,6 +7,7 @@ import random
 from datetime import UTC, datetime
 from typing import Any
 
+import orjson
 import pytest
 
 from producers.client import Client
@@ -41,6 +42,16 @@ async def reported(pond: Pond, database: Database) -> Report:
         return await collect(connection, Window.of("2h", None, datetime.now(UTC)), ("experiment",), 10)
     finally:
         await connection.close()
+
+
+async def told_singly(pond: Pond, hits: int) -> None:
+    """Wait until so many hits of keys were reported, each in a message of its own."""
+
+    def reported() -> list[int]:
+        found = [fields[b"data"] for k in pond.all_names() for _, fields in pond.redis.xrange(k.touches)]
+        return [count for data in found if (count := sum(map(sum, orjson.loads(data)["keys"].values())))]
+
+    await until(lambda: reported() == [1] * hits, f"{hits} hits are reported one by one")
 
 
 async def ask(client: Client, **changes: Any) -> int:
@@ -90,10 +101,11 @@ async def test_a_simulated_endpoint_counts_as_one_whatever_its_name(pond: Pond, 
 
 async def test_a_key_asked_for_once_a_second_is_among_the_most_asked(pond: Pond, database: Database) -> None:
     async with pond.working(*WORKERS), pond.client() as client:
-        for _ in range(4):
+        await ask(client)
+        for hits in range(3):
             await ask(client)
+            await told_singly(pond, hits + 1)
             await until(lambda: is_written(pond), "it is written")
-            await asyncio.sleep(1.1)
     async with pond.working("persistence"):
         found = await reported(pond, database)
     assert [(key.hits, key.simulated) for key in found.top] == [(3, True)]
@@ -121,7 +133,7 @@ async def test_answers_kept_for_errors_are_counted_when_no_flight_is_begun(pond:
     outage = Outage(pond)
     async with pond.working(*WORKERS), pond.client() as client:
         cost = await ask(client)
-        await asyncio.sleep(0.15)
+        await pond.aged()
         outage.begin()
         told = [await client.ask(PROMPT) for _ in range(4)]
         assert {one.degraded for one in told} == {True}
@@ -158,10 +170,10 @@ async def test_a_refresh_that_somebody_waits_for_before_it_is_taken_up_saves_him
             cost = await ask(client)
             await pond.settled()
         async with pond.working("lookup", "persistence"):
-            await asyncio.sleep(0.15)
+            await pond.aged()
             assert (await client.ask(PROMPT)).stale
             await until(lambda: pond.length("refreshes"), "its refresh waits")
-            await asyncio.sleep(0.6)
+            await until(lambda: not pond.found("{mp:*}:entry:*"), "it may be served no longer")
             waits = asyncio.create_task(ask(client))
             await until(lambda: pond.length("fills"), "it is a fill now")
             async with pond.working("llm"):

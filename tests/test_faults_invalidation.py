@@ -13,7 +13,7 @@ from shared.postgres import EmbeddedPostgres
 from shared.scripts import SCRIPTS
 from tests import faults_support
 from tests.databases import Database
-from tests.faults_support import Pond, until
+from tests.faults_support import Pond, throughout, until
 from tests.stock import Stock, eventually, forget
 from tests.test_worker_edges import left_by_the_dead
 
@@ -89,8 +89,12 @@ async def test_while_postgresql_is_away_l2_is_swept_and_l3_follows(
         own_database.kill()
         found = await client.invalidate(tags=["a"], wait=1.0)
         assert (found.complete, found.l2, found.l3) == (False, len(GONE), None)
-        await asyncio.sleep(6 * 0.4)  # five leases: whoever does not renew them is given up
-        assert pond.pending("invalidations") == partitions
+        held = pond.in_hand("invalidations", INVALIDATION_GROUP)
+        assert [deliveries for _, deliveries in held.values()] == [1] * partitions
+        # For several leases: whose is not renewed is delivered to the other worker, and given up in the end.
+        await throughout(
+            6 * 0.4, lambda: pond.in_hand("invalidations", INVALIDATION_GROUP) == held, "they stay with who read them"
+        )
         own_database.restart()
         await stock.worked_off()
         assert await forget(client, tags=["x"]) == (0, 0)

@@ -13,16 +13,17 @@ from typing import Any
 import asyncpg
 import pytest
 
+from shared.keys import PERSISTENCE_GROUP
 from tests import faults_support
-from tests.faults_support import Pond, until
+from tests.faults_support import Pond, throughout, until
 from tests.persistence_support import (
     call_of,
     count,
     entry_of,
     held_by,
-    idle,
     is_written,
     key_of,
+    lag,
     land,
     owners,
     rows,
@@ -173,9 +174,8 @@ async def test_while_postgresql_is_slow_it_keeps_its_lease(pond: Pond, database:
             await wait_for_lock(ours)
             held = held_by(pond, "landed", slow.name)
             assert set(held.values()) == {1}
-            await asyncio.sleep(3 * LEASE)
-            assert held_by(pond, "landed", slow.name) == held
-            assert max(idle(pond, "landed", slow.name)) < LEASE, "nobody could take them over"
+            await throughout(3 * LEASE, lambda: held_by(pond, "landed", slow.name) == held, "it holds them")
+            assert pond.longest_idle("landed", PERSISTENCE_GROUP) < LEASE, "nobody could take them over"
         await whole(pond, database.url)
     assert pond.stat("leases_lost") == 0
 
@@ -187,12 +187,19 @@ async def test_a_database_that_goes_down_under_load_gets_everything_when_it_is_b
         load(pond)
         await until(lambda: is_written(pond), "it works")
         own_database.kill()
-        for number in range(1, 6):  # for several leases
+        load(pond, first=ANSWERS)
+        await until(lambda: "PostgreSQL is away" in worker.errors, "it has noticed")
+        first = held_by(pond, "landed", worker.name)
+
+        def unblamed() -> bool:
+            held = held_by(pond, "landed", worker.name)
+            return held.keys() >= first.keys() and set(held.values()) == {1}
+
+        for number in range(2, 6):
             load(pond, first=number * ANSWERS)
-            await asyncio.sleep(0.5)
+            await throughout(LEASE, unblamed, "it holds what it had read, and the outage is not the messages' fault")
+        assert pond.longest_idle("landed", PERSISTENCE_GROUP) < LEASE, "nobody could take them over"
         assert pond.length("landed") == 5 * ANSWERS
-        held = held_by(pond, "landed", worker.name)
-        assert set(held.values()) <= {1}, "the outage is not the messages' fault"
         await asyncio.to_thread(own_database.restart)
         await whole(pond, own_database.url, times=6)
         assert worker.errors.count("PostgreSQL is away") == 1
@@ -208,10 +215,15 @@ async def test_killed_again_and_again_while_the_database_is_down_no_message_is_b
     async with pond.process("persistence", fault=fault, ready=False, database_url=own_database.url) as victim:
         assert await asyncio.to_thread(victim.wait) == -9
     own_database.kill()
+    left = pond.in_hand("landed", PERSISTENCE_GROUP)
+    assert left
     for _ in range(2):
         async with pond.process("persistence", database_url=own_database.url) as victim:
             await until(lambda: "PostgreSQL is away" in victim.errors, "it has noticed")
-            await asyncio.sleep(2 * LEASE)  # in which it could take over what the first one left
+            # The first one's lease runs out meanwhile: what it left could be taken over.
+            await throughout(
+                2 * LEASE, lambda: pond.in_hand("landed", PERSISTENCE_GROUP) == left, "nothing is taken over"
+            )
             victim.sigkill()
     await asyncio.to_thread(own_database.restart)
     async with pond.working("persistence", database_url=own_database.url):
@@ -260,7 +272,7 @@ async def test_workers_that_add_to_the_same_hours_never_wait_in_a_circle(
             for partition in range(4):
                 for tenant in rng.sample(tenants, 20):
                     touch(pond, 1, tenant=tenant, partition=partition)
-            await asyncio.sleep(0.02)
+            await until(lambda: not lag(pond, "touches"), "it has read them: the next go into other transactions")
         await until(lambda: is_written(pond), "everything is counted")
         assert await rows(database.url, "SELECT sum(hits) FROM hits") == [(12 * 4 * 20,)]
         assert worker.errors == ""

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from producers.reply import Reply
+from shared.envelope import opened
 from shared.keys import PartitionKeys
 from shared.profiles import Profile
 from tests import faults_support
@@ -251,12 +252,12 @@ async def test_a_refreshed_answer_keeps_the_tags_of_the_one_it_replaces(pond: Po
 
 
 async def test_a_stale_answer_in_l1_goes_once_a_newer_one_is_stored_though_l2_had_lost_it(pond: Pond) -> None:
-    async with pond.working("lookup", "llm", **profiles(ttl=2, stale_while_revalidate=60)), pond.client() as client:
-        await client.ask(Q)
-        first = await client.ask(Q)  # and L1 holds it
-        pond.redis.delete(pond.names(Q).entry(pond.key(Q)))
-        await asyncio.sleep(1.0)
+    name = pond.names(Q).entry(pond.key(Q))
+    async with pond.working("lookup", "llm", **profiles(ttl=60, stale_while_revalidate=60)), pond.client() as client:
+        await client.ask(Q, ttl=1)
+        assert not stale(await client.ask(Q)), "L1 holds it"
+        first = opened(pond.redis.getdel(name))
         assert (await client.ask(Q, tags=["x"])).tier == "llm"  # L1 cannot answer for this tag
-        await asyncio.sleep(max(0.0, first.ttl - 1.0) + 0.1)  # the first is stale now, its successor is not
+        await pond.past(first.created_ms + first.ttl_ms)  # the first is stale now, its successor is not
         assert not stale(await client.ask(Q))
     assert pond.calls() == 2

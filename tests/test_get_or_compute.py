@@ -18,9 +18,10 @@ from millpond import (
     Overloaded,
     Unavailable,
 )
+from shared.scripts import SCRIPTS
 from tests import faults_support, mills
 from tests.application import ARGS, PROFILE
-from tests.faults_support import Pond, until
+from tests.faults_support import Pond, throughout, until
 from tests.mills import LEASE, Mill, aboard, asking
 from tests.proxy import Proxy
 
@@ -107,8 +108,11 @@ async def test_a_lease_is_renewed_while_the_function_runs(pond: Pond) -> None:
     mill = Mill()
     async with pond.working("lookup"), pond.client() as one, pond.client() as two:
         asked = [asking(one, mill), asking(two, mill)]
-        await until(lambda: aboard(pond) >= 1, "one waits")
-        await asyncio.sleep(2.5 * LEASE)  # longer than the lease: what is tested is that it passes without effect
+        await until(lambda: aboard(pond) == 1, "one waits")
+        (flight,) = pond.found("{mp:*}:flight:*")
+        token = pond.redis.hget(flight, "token")
+        # So long that whoever waits has knocked, and would have been elected, had the lease run out.
+        await throughout(2.5 * LEASE, lambda: pond.redis.hget(flight, "token") == token, "it is the same flight")
         mill.go.set()
         assert await asyncio.gather(*asked) == ["flour"] * 2
         await pond.settled()
@@ -169,7 +173,7 @@ async def test_a_value_kept_for_errors_stands_in_unless_it_was_invalidated(pond:
     mill.go.set()
     async with pond.working("lookup"), pond.client() as one, pond.client() as two:
         assert await asking(one, mill, "mill", tags=["a"]) == "old"
-        await asyncio.sleep(0.1)  # past its time
+        await pond.aged()
         assert not await one.get("mill", ARGS)
         mill.go.clear()
         mill.value = LookupError("the sluice is shut")
@@ -330,7 +334,7 @@ async def test_a_value_kept_for_errors_does_not_stand_in_for_those_with_a_max_ag
     mill.go.set()
     async with pond.working("lookup"), pond.client() as one, pond.client() as two:
         assert await asking(one, mill, "mill") == "old"
-        await asyncio.sleep(0.1)  # past its time
+        await pond.aged()
         mill.go.clear()
         mill.value = LookupError("the sluice is shut")
         leader = asking(one, mill, "mill")
@@ -347,8 +351,15 @@ async def test_a_value_kept_for_errors_does_not_stand_in_for_those_with_a_max_ag
 
 async def test_a_knock_that_finds_no_room_is_no_refusal(pond: Pond) -> None:
     pond.options |= {"compute_lease": 0.5, "request_limit": 1}
-    mill = Mill()
-    async with pond.client() as one, pond.client() as two:
+    mill, publish, published = Mill(), SCRIPTS["publish"].sha.encode(), 0
+
+    def counted(data: bytes) -> bool:
+        nonlocal published
+        published += data.count(publish)
+        return False
+
+    async with Proxy.to(pond.url) as proxy, pond.client() as one, pond.client(proxy.url) as two:
+        proxy.cut_before(counted)
         async with pond.working("lookup"):
             asked = [asking(one, mill)]
             await until(lambda: mill.runs == 1, "one computes")
@@ -358,7 +369,8 @@ async def test_a_knock_that_finds_no_room_is_no_refusal(pond: Pond) -> None:
         asked.append(asking(two, mill))
         with pytest.raises(Overloaded):
             await asked.pop()
-        await asyncio.sleep(0.7)  # the next knock
+        before = published
+        await until(lambda: published > before + 1 or asked[1].done(), "it knocked, was not let in, and knocks again")
         mill.go.set()
         assert await asyncio.gather(*asked) == ["flour"] * 2
         async with pond.working("lookup"):

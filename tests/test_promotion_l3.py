@@ -82,7 +82,7 @@ async def test_a_hit_of_yesterday_brings_nothing_back(pond: Pond, shelf: Shelf, 
     """A worker that was away for a day finds reports of what was popular then."""
     await shelf.keep(database.url, 1, shelf.text(age_ms=DAY_MS, ttl_ms=10 * DAY_MS))
     await shelf.keep(database.url, 2, shelf.text(age_ms=DAY_MS, ttl_ms=10 * DAY_MS))
-    before = shelf.now_ms() - DAY_MS + 1000
+    before = pond.now_ms() - DAY_MS + 1000
     shelf.report({1: [9, 0, 0]}, at=f"{before}-0")
     shelf.report({2: [9, 0, 0]})
     async with pond.working("promotion"):
@@ -179,7 +179,7 @@ async def test_while_redis_is_short_of_memory_lives_are_short_and_nothing_comes_
     shelf.put(1, left_ms=30_000, age_ms=HOUR_MS)
     link, tier = Link(pond.url), L3(database.url, Counters(), timeout=5.0)
     promoter = Promoter(link, shelf.names(1), pond.settings.all_profiles)
-    hits = {key(1): Hits(1, shelf.now_ms()), key(2): Hits(1, shelf.now_ms())}
+    hits = {key(1): Hits(1, pond.now_ms()), key(2): Hits(1, pond.now_ms())}
     try:
         assert await promoter.tend(hits, tier, pressure=True) == Tended(prolonged=1, absent=1)
         assert abs(shelf.left_ms(1) - (PROBATION_MS + HOUR_MS) / 10) < SLACK_MS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import orjson
@@ -115,7 +114,7 @@ async def test_a_profile_s_ttl_holds_without_another(pond: Pond) -> None:
 async def test_max_age_passes_over_what_is_older(pond: Pond) -> None:
     async with pond.working("lookup", "llm", **FAST), pond.client() as client:
         await client.ask(Q)
-        await asyncio.sleep(0.02)
+        await pond.aged(0.01)
         assert await ask(client, max_age=60) == (True, True)
         assert await ask(client, max_age=0.01) == (False, True)
         fresh = await client.ask(Q)

@@ -31,16 +31,16 @@ def outage(pond: Pond) -> Outage:
     return Outage(pond)
 
 
-async def past_its_ttl(client: Client, prompt: str = PROMPT, **how: Any) -> Reply:
+async def past_its_ttl(pond: Pond, client: Client, prompt: str = PROMPT, **how: Any) -> Reply:
     """Have an answer stored, and wait until it is no longer fresh."""
     reply = await client.ask(prompt, **how)
-    await asyncio.sleep(0.06)
+    await pond.aged()
     return reply
 
 
 async def test_an_entry_kept_for_errors_stands_in_for_everyone_who_waits(pond: Pond, outage: Outage) -> None:
     async with pond.working("lookup", "llm"), pond.client() as client:
-        first = await past_its_ttl(client)
+        first = await past_its_ttl(pond, client)
         outage.begin()
         found = await asyncio.gather(*(client.ask(PROMPT) for _ in range(5)))
         await pond.settled()
@@ -52,7 +52,7 @@ async def test_an_entry_kept_for_errors_stands_in_for_everyone_who_waits(pond: P
 async def test_who_takes_no_stored_answer_gets_the_error_of_the_same_flight(pond: Pond, outage: Outage) -> None:
     pond.options |= {"simulated_first_token": 0.3}
     async with pond.working("lookup", "llm"), pond.client() as client:
-        await past_its_ttl(client)
+        await past_its_ttl(pond, client)
         outage.begin()
         asked = [client.ask(PROMPT), client.ask(PROMPT, mode="refresh"), client.ask(PROMPT, max_age=0.01)]
         found = await outcomes([asyncio.ensure_future(one) for one in asked])
@@ -61,7 +61,7 @@ async def test_who_takes_no_stored_answer_gets_the_error_of_the_same_flight(pond
 
 async def test_what_was_invalidated_never_stands_in(pond: Pond, outage: Outage) -> None:
     async with pond.working("lookup", "llm"), pond.client() as client:
-        await past_its_ttl(client, tags=["a"])
+        await past_its_ttl(pond, client, tags=["a"])
         outage.begin()
         await client.invalidate(tags=["a"])
         with pytest.raises(ProviderError):
@@ -70,7 +70,7 @@ async def test_what_was_invalidated_never_stands_in(pond: Pond, outage: Outage) 
 
 async def test_a_flight_that_no_stored_answer_may_help_tells_its_error(pond: Pond, outage: Outage) -> None:
     async with pond.working("lookup", "llm"), pond.client() as client:
-        await past_its_ttl(client, tags=["a"])
+        await past_its_ttl(pond, client, tags=["a"])
         outage.begin()
         await client.invalidate(tags=["b"])  # not the entry's: but what it says of `b` is not known
         with pytest.raises(ProviderError):
@@ -83,7 +83,7 @@ async def test_a_crash_after_the_failure_tells_the_same(pond: Pond, outage: Outa
     raw = Raw(pond)
     async with pond.working("lookup"):
         async with pond.working("llm"), pond.client() as client:
-            first = await past_its_ttl(client)
+            first = await past_its_ttl(pond, client)
         outage.begin()
         async with pond.process("llm", fault=f"kill@{point}") as victim:
             raw.publish("r1", PROMPT)
@@ -112,7 +112,7 @@ async def test_an_error_is_answered_again_for_a_while_and_longer_each_time(pond:
             until_ms, count = map(int, line.split())
             spans.append(until_ms / 1000 - time.time())
             assert (count, orjson.loads(problem)["status"]) == (failures, 503)
-            await asyncio.sleep(max(0.0, until_ms / 1000 - time.time()) + 0.02)
+            await pond.past(until_ms)
         outage.end()
         assert (await client.ask(PROMPT)).tier == "llm"
         assert not pond.redis.exists(pond.names(PROMPT).failed(pond.key(PROMPT)))
@@ -140,7 +140,7 @@ async def test_after_the_soft_time_out_a_stored_answer_is_told_and_the_flight_la
     async with pond.working("lookup"), pond.client() as client:
         async with pond.working("llm"):
             await client.ask(PROMPT)
-            await asyncio.sleep(0.31)
+            await pond.aged()
         async with pond.working("llm", simulated_first_token=0.6):
             began = time.monotonic()
             strict = asyncio.create_task(client.ask(PROMPT, mode="refresh"))
@@ -164,7 +164,7 @@ async def test_a_refresh_that_fails_disturbs_nobody_and_backs_off(pond: Pond, ou
         "profiles": {"response": {"ttl": 0.05, "stale_while_revalidate": 60.0, "negative_ttl": 30.0}},
     }
     async with pond.working("lookup", "llm"), pond.client() as client:
-        await past_its_ttl(client)
+        await past_its_ttl(pond, client)
         outage.begin()
         assert (await client.ask(PROMPT)).stale
         await until(lambda: pond.calls() == 2, "the refresh was tried")

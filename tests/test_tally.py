@@ -71,7 +71,7 @@ async def test_who_got_a_stored_answer_instead_is_counted_once_and_as_that(count
     counted.options |= {"profiles": {"response": kept}}
     async with counted.working("lookup", "llm"), counted.client() as client:
         first = await client.ask(PROMPT, model="m")
-        await asyncio.sleep(0.15)
+        await counted.aged()
         strict = asyncio.create_task(client.ask(PROMPT, model="m", mode="refresh"))
         told = await asyncio.gather(*(client.ask(PROMPT, model="m") for _ in range(3)))
         await strict
