@@ -1,7 +1,8 @@
 """An application in a process of its own: it computes through `get_or_compute`, says so line by line, may be killed.
 
-`python -m tests.application '{"seconds": 1, "fails": false, "timeout": 20}'`, settings by environment. Every
-computation appends a line to the journal before it begins, so a test counts what ran whoever died.
+`python -m tests.application '{"goes_on": "FILE", "fails": false, "timeout": 20}'`, settings by environment. It computes
+until that file is there. Every computation appends a line to the journal before it begins, so a test counts what ran
+whoever died.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,18 @@ def noted(journal: str) -> int:
     return os.getpid()
 
 
+def _await_file(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.005)
+
+
 async def application(options: Mapping[str, Any]) -> None:
     """Ask once; tell what came of it."""
 
     async def work() -> dict[str, int]:
         pid = noted(options["journal"])
         say("computing")
-        await asyncio.sleep(options.get("seconds", 0.0))
+        await asyncio.to_thread(_await_file, Path(options["goes_on"]))
         if options.get("fails"):
             raise ValueError("no head of water")
         return {"pid": pid}

@@ -158,21 +158,22 @@ class Pond:
                 count += int(group["pending"])
         return count
 
-    def in_hand(self, stream: str, group: str) -> dict[bytes, tuple[str, int]]:
-        """Return the messages of one kind of stream that a group holds: whose each is, how often it was delivered."""
+    def in_hand(self, stream: str, group: str) -> dict[tuple[int, bytes], tuple[str, int]]:
+        """Return what a group holds of one kind of stream, by partition and id: who has it, how often delivered."""
         return {
-            one["message_id"]: (one["consumer"].decode(), int(one["times_delivered"]))
-            for one in self._pending(stream, group)
+            (partition, one["message_id"]): (one["consumer"].decode(), int(one["times_delivered"]))
+            for partition, one in self._pending(stream, group)
         }
 
     def longest_idle(self, stream: str, group: str) -> float:
         """Return for how long (seconds) nothing was heard of the message in hand that was renewed the least lately."""
-        return max(int(one["time_since_delivered"]) for one in self._pending(stream, group)) / 1000
+        return max(int(one["time_since_delivered"]) for _, one in self._pending(stream, group)) / 1000
 
-    def _pending(self, stream: str, group: str) -> list[dict[str, Any]]:
-        names = [getattr(k, stream) for k in self.all_names()]
-        found = [self.redis.xpending_range(name, group, "-", "+", 10_000) for name in names if self.redis.exists(name)]
-        return [one for part in found for one in part]
+    def _pending(self, stream: str, group: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for k in self.all_names():
+            if self.redis.exists(name := getattr(k, stream)):
+                for one in self.redis.xpending_range(name, group, "-", "+", 10_000):
+                    yield k.partition, one
 
     def consumers(self, stream: str) -> set[str]:
         """Return the names of the consumers in the group of one kind of stream."""

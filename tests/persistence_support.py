@@ -112,7 +112,7 @@ def owners(pond: Pond, stream: str) -> set[str]:
     return {owner for owner, _ in pond.in_hand(stream, PERSISTENCE_GROUP).values()}
 
 
-def held_by(pond: Pond, stream: str, name: str) -> dict[bytes, int]:
+def held_by(pond: Pond, stream: str, name: str) -> dict[tuple[int, bytes], int]:
     """Return the messages of one kind of stream that a consumer holds, and how often each was delivered."""
     held = pond.in_hand(stream, PERSISTENCE_GROUP).items()
-    return {message_id: deliveries for message_id, (owner, deliveries) in held if owner == name}
+    return {message: deliveries for message, (owner, deliveries) in held if owner == name}

@@ -148,8 +148,10 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := await up_reader.read(_CHUNK):
                 if dropping.is_set():
-                    await asyncio.sleep(0.05)  # answers to earlier commands may come first: let ours run, too
-                    up_writer.transport.abort()
+                    # What came may answer an earlier command. The server runs all it was sent before it sees the end.
+                    up_writer.write_eof()
+                    while await up_reader.read(_CHUNK):
+                        pass
                     break
                 await asyncio.sleep(self.delay)
                 writer.write(data)

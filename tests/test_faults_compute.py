@@ -59,11 +59,23 @@ def journal(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-async def test_a_killed_leader_is_replaced_after_its_lease(pond: Pond, partitions: int, journal: Path) -> None:
+@pytest.fixture
+def options(journal: Path, tmp_path: Path) -> dict[str, Any]:
+    """What an application is told: it computes until `go_on`."""
+    return {"journal": str(journal), "goes_on": str(tmp_path / "go")}
+
+
+def go_on(options: dict[str, Any]) -> None:
+    Path(options["goes_on"]).touch()
+
+
+async def test_a_killed_leader_is_replaced_after_its_lease(
+    pond: Pond, partitions: int, journal: Path, options: dict[str, Any]
+) -> None:
     mill = Mill()
     mill.go.set()
     async with pond.working("lookup"), pond.client() as client:
-        with Application(environment(pond), {"seconds": 60, "journal": str(journal)}) as leader:
+        with Application(environment(pond), options) as leader:
             await asyncio.to_thread(leader.wait_for, "computing")
             waiting = [asking(client, mill) for _ in range(3)]
             await until(lambda: aboard(pond) == 3, "the others wait")
@@ -76,16 +88,16 @@ async def test_a_killed_leader_is_replaced_after_its_lease(pond: Pond, partition
 
 @pytest.mark.parametrize("point", ["lead_after_compute", "lead_after_land"])
 async def test_a_leader_killed_when_it_had_the_value_costs_at_most_one_more_run(
-    pond: Pond, journal: Path, point: str
+    pond: Pond, journal: Path, options: dict[str, Any], point: str
 ) -> None:
     mill = Mill()
     mill.go.set()
     async with pond.working("lookup"), pond.client() as client:
-        options = {"seconds": 1.0, "journal": str(journal)}
         with Application(environment(pond) | {"fault": f"kill@{point}"}, options) as leader:
             await asyncio.to_thread(leader.wait_for, "computing")
             waiting = [asking(client, mill) for _ in range(3)]
             await until(lambda: aboard(pond) == 3, "the others wait")
+            go_on(options)
             async with asyncio.timeout(15 * LEASE):
                 values = await asyncio.gather(*waiting)
             assert leader.wait() == -9
@@ -95,18 +107,19 @@ async def test_a_leader_killed_when_it_had_the_value_costs_at_most_one_more_run(
 
 
 async def test_a_leader_frozen_past_its_lease_writes_nothing_when_it_thaws(
-    pond: Pond, partitions: int, journal: Path
+    pond: Pond, partitions: int, journal: Path, options: dict[str, Any]
 ) -> None:
     mill = Mill()
     mill.go.set()
     async with pond.working("lookup"), pond.client() as client:
-        with Application(environment(pond), {"seconds": 0.5, "journal": str(journal)}) as leader:
+        with Application(environment(pond), options) as leader:
             await asyncio.to_thread(leader.wait_for, "computing")
             leader.sigstop()
             async with asyncio.timeout(15 * LEASE):
                 assert await asking(client, mill) == "flour"
             await until(lambda: not pond.found("{mp:*}:flight:*"), "the new flight has landed")
             before = pond.keyspace()
+            go_on(options)
             leader.sigcont()
             said = await asyncio.to_thread(leader.wait_for, "value")
             assert said["value"] == {"pid": leader.pid}, "its own caller gets what it computed"
@@ -121,14 +134,17 @@ def stored(keyspace: dict[bytes, Any]) -> dict[bytes, Any]:
     return {key: value for key, value in keyspace.items() if not key.startswith(b"mp:reply:")}
 
 
-async def test_applications_in_several_processes_compute_once(pond: Pond, partitions: int, journal: Path) -> None:
-    options = {"seconds": 1.0, "journal": str(journal)}
+async def test_applications_in_several_processes_compute_once(
+    pond: Pond, partitions: int, journal: Path, options: dict[str, Any]
+) -> None:
     async with pond.working("lookup"):
         with (
             Application(environment(pond), options) as one,
             Application(environment(pond), options) as two,
             Application(environment(pond), options) as three,
         ):
+            await until(lambda: computed(journal) and aboard(pond) == 2, "one computes, the others wait")
+            go_on(options)
             said = [await asyncio.to_thread(process.wait_for, "value") for process in (one, two, three)]
         await pond.settled()
     assert len({str(line["value"]) for line in said}) == 1
@@ -164,14 +180,13 @@ async def test_every_script_of_a_lost_lease_says_so_and_writes_nothing(pond: Pon
 
 
 async def test_who_has_no_function_outlives_an_application_that_computes_for_it(
-    pond: Pond, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: Path
+    pond: Pond, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     (tmp_path / "grinding2.py").write_text("def grind(body): return 'flour'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     pond.options["profiles"] = {"mill": {"resolver": "grinding2:grind"}}
     async with pond.working("lookup", "llm"), pond.client() as client:
-        options = {"seconds": 60, "journal": str(journal), "profile": "mill"}
-        with Application(environment(pond), options) as leader:
+        with Application(environment(pond), options | {"profile": "mill"}) as leader:
             await asyncio.to_thread(leader.wait_for, "computing")
             waiting = asyncio.create_task(client.get_or_compute("mill", ARGS, timeout=20))
             await until(lambda: aboard(pond) == 1, "it waits for the application")

@@ -14,6 +14,7 @@ from shared.errors import RateLimited, Unavailable
 from shared.providers.limits import RateLimits, estimate_tokens
 from shared.settings import load
 from tests.conftest import Server
+from tests.faults_support import until
 
 
 @asynccontextmanager
@@ -67,7 +68,7 @@ async def test_a_cancelled_waiter_leaves_the_queue_to_the_next(server: Server) -
         await worker.acquire(1, timeout=2)
         waiting = asyncio.create_task(worker.acquire(1))
         behind = asyncio.create_task(worker.acquire(1, timeout=20))
-        await asyncio.sleep(0.05)
+        await until(worker._turn.locked, "the one is at the full window, the other behind it")
         waiting.cancel()
         await behind
         assert waiting.cancelled()
