@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shared.entry import unpack
 from tests.history import Ask
-from tests.interleavings import Actor, Step, leader, perform
+from tests.interleavings import Actor, Step, joined, leader, perform
 from tests.world import World
 from workers.sweep import epoch_of
 
@@ -54,12 +54,8 @@ async def deep(d: Durable, who: str, ask: Ask, *, after_invalidation: bool = Fal
             if judged:
                 entry = held
                 w.serve(ask, w.flights[w.answer_of(held)])
-    if entry is None:
-        yield Step("join")
-        entry = await w.join(who, ask, who)
-    if entry is not None:
-        yield Step("answer")
-        await w.answer(who, ask, entry)
+    async for step in joined(w, who, ask, entry):
+        yield step
 
 
 async def lander(w: World, who: str) -> Actor:

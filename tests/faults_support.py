@@ -28,15 +28,8 @@ from shared.providers.simulated import calls
 from shared.settings import Settings, load
 from tests.conftest import Server
 from tests.processes import Process, start_worker
-from workers import invalidation, llm, lookup, persistence, promotion
+from workers.kinds import Kind
 
-_RUN = {
-    "lookup": lookup.run,
-    "llm": llm.run,
-    "persistence": persistence.run,
-    "promotion": promotion.run,
-    "invalidation": invalidation.run,
-}
 _POLL = 0.005
 _QUIET = ("flight", "waiters", "outcome")
 _WORKER_KEYS = (b"mp:worker:", b"mp:stats", b"mp:deployment", b"mp:limit")
@@ -82,6 +75,24 @@ async def answers(asked: Sequence[Awaitable[Reply]], timeout: float = 30.0) -> l
     errors = [one for one in found if not isinstance(one, Reply)]
     assert errors == [], f"{len(errors)} of {len(found)} got an error"
     return [one for one in found if isinstance(one, Reply)]
+
+
+@asynccontextmanager
+async def running(*workers: tuple[Kind, Settings]) -> AsyncIterator[None]:
+    """Run healthy workers in this process, stopped in order at the end."""
+    stop = asyncio.Event()
+    tasks, ready = [], []
+    for kind, settings in workers:
+        begun = asyncio.Event()
+        ready.append(begun)
+        tasks.append(asyncio.ensure_future(kind.run(settings, stop, partial(_begin, begun))))
+    try:
+        await until(lambda: all(e.is_set() for e in ready) or any(t.done() for t in tasks), "the workers read")
+        yield
+    finally:
+        stop.set()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*tasks)
 
 
 def _begin(begun: asyncio.Event, _name: str) -> None:
@@ -227,20 +238,9 @@ class Pond:
     @asynccontextmanager
     async def working(self, *kinds: str, url: str | None = None, **changes: Any) -> AsyncIterator[None]:
         """Run healthy workers in this process, one of each kind, stopped in order at the end."""
-        stop = asyncio.Event()
         settings = self.with_(url, **changes)
-        tasks, ready = [], []
-        for kind in kinds:
-            begun = asyncio.Event()
-            ready.append(begun)
-            tasks.append(asyncio.create_task(_RUN[kind](settings, stop, partial(_begin, begun))))
-        try:
-            await until(lambda: all(e.is_set() for e in ready) or any(t.done() for t in tasks), "the workers read")
+        async with running(*((Kind(kind), settings) for kind in kinds)):
             yield
-        finally:
-            stop.set()
-            async with asyncio.timeout(30):
-                await asyncio.gather(*tasks)
 
     @asynccontextmanager
     async def process(

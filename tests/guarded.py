@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -78,19 +79,20 @@ def guarded(directory: Path, binary: Path | None = None, options: tuple[str, ...
     )
     try:
         made = Guarded(socket, passwords)
-        _await(made, process)
+        await_up(process, partial(made.connect, "health"))
         yield made
     finally:
         process.terminate()
         process.wait(20)
 
 
-def _await(made: Guarded, process: subprocess.Popen[bytes]) -> None:
+def await_up(process: subprocess.Popen[bytes], connect: Callable[[], redis.Redis]) -> None:
+    """Wait until the server of that process answers; fail when it ends, or does not in time."""
     deadline = time.monotonic() + 20
     while True:
-        assert process.poll() is None, "the server refused its users"
+        assert process.poll() is None, "the server did not start, or refused its users"
         try:
-            with made.connect("health") as connection:
+            with connect() as connection:
                 assert connection.ping()
                 return
         except redis.ConnectionError:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+
+import pytest
 
 from shared.link import Link
 from shared.scripts import SCRIPTS, Script
@@ -45,7 +48,12 @@ async def lookup(w: World, who: str, ask: Ask, *, after: Ask | None = None) -> A
     `after` orders two requests that are alike, so that no schedule is run twice under two names.
     """
     yield Step("look", lambda: after is None or bool(after.message))
-    entry = await w.publish(who, ask)
+    async for step in joined(w, who, ask, await w.publish(who, ask)):
+        yield step
+
+
+async def joined(w: World, who: str, ask: Ask, entry: bytes | None) -> Actor:
+    """What a lookup worker does with what it found: it joins a flight if that is nothing, and answers if it can."""
     if entry is None:
         yield Step("join")
         entry = await w.join(who, ask, who)
@@ -65,10 +73,8 @@ async def thief(w: World, who: str, ask: Ask) -> Actor:
     yield Step("steal", lambda: bool(ask.message))
     await w.steal(who, ask)
     if w.requests.get(ask.message) == who:
-        yield Step("join")
-        if (entry := await w.join(who, ask, who)) is not None:
-            yield Step("answer")
-            await w.answer(who, ask, entry)
+        async for step in joined(w, who, ask, None):
+            yield step
 
 
 async def leader(w: World, who: str, *, fails: bool = False, renews: bool = False) -> Actor:
@@ -217,3 +223,25 @@ async def replay(url: str, scenario: Scenario, schedule: str) -> None:
         await play(link, scenario, schedule, SCRIPTS)
     finally:
         await link.close()
+
+
+async def hold_in_every_order(url: str, name: str, scenarios: Mapping[str, Scenario]) -> None:
+    """Explore a scenario, or run the one schedule that the environment names; fail with what runs it again."""
+    wanted, _, schedule = os.environ.get("MILLPOND_TEST_SCHEDULE", "").partition(":")
+    if wanted and wanted != name:
+        pytest.skip("another schedule is to be run again")
+    if schedule:
+        await replay(url, scenarios[name], schedule)
+        return
+    try:
+        count = await explore(url, scenarios[name])
+    except Violation as error:
+        pytest.fail(f"{error}\nagain: MILLPOND_TEST_SCHEDULE={name}:SCHEDULE pytest tests -k every_order")
+    assert count >= 2
+
+
+def changed(name: str, old: str, new: str) -> dict[str, Script]:
+    """Return a script with its last `old` replaced."""
+    before, found, after = SCRIPTS[name].source.rpartition(old)
+    assert found, f"{name}.lua no longer has {old!r}: correct this test"
+    return {name: Script(name, before + new + after)}

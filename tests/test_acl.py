@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from shared.settings import Settings, load
 from tests import guarded
 from tests.conftest import _binary
 from tests.databases import Database
-from tests.faults_support import until
+from tests.faults_support import running, until
 from tests.guarded import Guarded
 from workers.desk import Desk
 from workers.jobs import JOBS, perform
@@ -42,22 +40,9 @@ def fortress(server_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @asynccontextmanager
 async def working(settings_of: Callable[[str], Settings]) -> AsyncIterator[None]:
     """Run one worker of each kind in this process, each as its role."""
-    stop, ready = asyncio.Event(), list[asyncio.Event]()
-    tasks: list[asyncio.Future[None]] = []
-    for kind in Kind:
-        begun = asyncio.Event()
-        ready.append(begun)
-        role = kind if kind in ("lookup", "llm") else "background"
-        tasks.append(
-            asyncio.ensure_future(kind.run(settings_of(role), stop, partial(lambda begun, _: begun.set(), begun)))
-        )
-    try:
-        await until(lambda: all(e.is_set() for e in ready) or any(t.done() for t in tasks), "the workers read")
+    roles = {kind: kind if kind in ("lookup", "llm") else "background" for kind in Kind}
+    async with running(*((kind, settings_of(role)) for kind, role in roles.items())):
         yield
-    finally:
-        stop.set()
-        async with asyncio.timeout(30):
-            await asyncio.gather(*tasks)
 
 
 async def test_every_role_can_do_all_of_its_work(fortress: Guarded, database: Database) -> None:

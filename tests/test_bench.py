@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from producers.bench.loop import run_fast
 from producers.bench.stage import surroundings
 from shared.console import INTERRUPTED
 from shared.errors import ConfigError, InvalidRequest, Unavailable
+from tests.command_line import await_that
 from tests.conftest import Server
 
 FRONT_DOOR = Path(command.__file__).parents[2] / "millpond.py"
@@ -267,22 +266,14 @@ def test_an_interrupted_benchmark_leaves_no_process_and_no_file(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with command_line("stampede", cwd=tmp_path) as process:
-        _await(lambda: len(_children(process.pid)) >= 6)
+        await_that(lambda: len(_children(process.pid)) >= 6)
         children = _children(process.pid)
         process.send_signal(number)
         process.communicate(timeout=20)
     assert process.returncode == INTERRUPTED
     assert list(tmp_path.iterdir()) == []
-    _await(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    await_that(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
 
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def _await(reached: Callable[[], Any], timeout: float = 20.0) -> Any:
-    deadline = time.monotonic() + timeout
-    while not (value := reached()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.05)
-    return value

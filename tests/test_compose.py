@@ -8,7 +8,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from shared.settings import Settings, load
 from tests.command_line import FAST
 from tests.conftest import _binary
 from tests.databases import Database
+from tests.guarded import await_up
 from tests.processes import Process
 from workers.kinds import Kind
 
@@ -172,16 +172,7 @@ def redis_service(server_kind: str, tmp_path: Path) -> Iterator[tuple[str, dict[
     process = subprocess.Popen(tethered([shutil.which("sh") or "sh", *command[1:], "--dir", str(tmp_path)]),
                                env=given, stdout=subprocess.DEVNULL)  # fmt: skip
     try:
-        deadline = time.monotonic() + 20
-        while True:
-            assert process.poll() is None, "the server did not start"
-            try:
-                with redis.Redis(port=port, username="health", password="any") as connection:
-                    assert connection.ping()
-                break
-            except redis.ConnectionError:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+        await_up(process, lambda: redis.Redis(port=port, username="health", password="any"))
         yield f"127.0.0.1:{port}", variables
     finally:
         process.terminate()

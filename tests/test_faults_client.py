@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+from producers.client import Client
 from producers.reply import Reply
 from shared import keys
 from shared.errors import DeadlineExceeded, Overloaded, ProviderError, Unavailable
@@ -25,6 +27,18 @@ def running(script: str) -> Callable[[bytes], bool]:
     """Return a predicate: this data calls the script."""
     sha = SCRIPTS[script].sha.encode()
     return lambda data: sha in data
+
+
+@asynccontextmanager
+async def behind(pond: Pond, proxy: Proxy, who: str) -> AsyncIterator[Client]:
+    """Run a lookup worker, an LLM worker and a client; `who` of them is connected through the proxy."""
+    url = {who: proxy.url}
+    async with (
+        pond.working("lookup", url=url.get("lookup")),
+        pond.working("llm", url=url.get("llm")),
+        pond.client(url.get("client")) as client,
+    ):
+        yield client
 
 
 # connections that are cut
@@ -45,18 +59,12 @@ def running(script: str) -> Callable[[bytes], bool]:
 async def test_a_cut_around_any_step_of_a_miss_leaves_one_answer_and_one_call(
     pond: Pond, who: str, script: str, side: str
 ) -> None:
-    async with Proxy.to(pond.url) as proxy:
-        url = {who: proxy.url}
-        async with (
-            pond.working("lookup", url=url.get("lookup")),
-            pond.working("llm", url=url.get("llm")),
-            pond.client(url.get("client")) as client,
-        ):
-            (proxy.cut_after if side == "after" else proxy.cut_before)(running(script))
-            first = await client.ask(PROMPT)
-            await until(lambda: proxy.cuts == 1, "the cut happened")
-            again = await client.ask(PROMPT)
-            await pond.settled()
+    async with Proxy.to(pond.url) as proxy, behind(pond, proxy, who) as client:
+        (proxy.cut_after if side == "after" else proxy.cut_before)(running(script))
+        first = await client.ask(PROMPT)
+        await until(lambda: proxy.cuts == 1, "the cut happened")
+        again = await client.ask(PROMPT)
+        await pond.settled()
     assert (first.tier, again.tier) in {("llm", "l1"), ("llm", "l2"), ("l2", "l1")}
     assert pond.calls() == 1
 
@@ -83,19 +91,19 @@ async def test_a_cut_after_a_hit_was_served_leaves_one_answer(pond: Pond, script
 async def test_messages_delivered_on_a_connection_that_is_cut_are_not_lost(pond: Pond, who: str) -> None:
     """The read that blocks is answered, and its answer is lost on the way."""
     pond.options |= {"lookup_lease": 8.0, "llm_lease": 8.0}
-    async with Proxy.to(pond.url) as proxy:
-        url = {who: proxy.url}
-        async with (
-            pond.working("lookup", url=url.get("lookup")),
-            pond.working("llm", url=url.get("llm")),
-            pond.client(url.get("client")) as client,
-        ):
-            proxy.cut_after(lambda data: b"XREAD" in data)
-            await until(lambda: proxy.cuts == 1, "a read blocks that will be cut")
-            async with asyncio.timeout(6):  # well before the lease: a worker takes up its own again
-                await client.ask(PROMPT)
-            await pond.settled()
+    async with Proxy.to(pond.url) as proxy, behind(pond, proxy, who) as client:
+        proxy.cut_after(lambda data: b"XREAD" in data)
+        await until(lambda: proxy.cuts == 1, "a read blocks that will be cut")
+        async with asyncio.timeout(6):  # well before the lease: a worker takes up its own again
+            await client.ask(PROMPT)
+        await pond.settled()
     assert pond.calls() == 1
+
+
+async def one_more(count: Callable[[], int]) -> None:
+    """Wait until there is one more than there is now."""
+    before = count()
+    await until(lambda: count() > before, "one more")
 
 
 async def test_every_connection_cut_again_and_again_costs_nobody_an_answer(pond: Pond, partitions: int) -> None:
@@ -107,7 +115,8 @@ async def test_every_connection_cut_again_and_again_costs_nobody_an_answer(pond:
         asked = []
         for n in range(12):
             asked += [asyncio.create_task(client.ask(f"{PROMPT} ({n}, {m % 6})")) for m in range(12)]
-            await asyncio.sleep(0.03)
+            # A question is being computed; or all were cut off the last time, and the first is connected again.
+            await one_more(pond.calls if n % 2 == 0 else lambda: proxy.connections)
             await proxy.cut()
         await answers(asked)
         await pond.settled()

@@ -114,10 +114,7 @@ async def test_an_llm_worker_frozen_past_its_lease_writes_nothing_when_it_wakes(
         async with pond.process("llm", fault=f"stop@{point}", ready=False) as zombie:
             await asyncio.to_thread(zombie.await_stopped)
             async with pond.working("llm"):
-                await _finished_by_another(pond, raw)
-                before = pond.keyspace()
-                await _wake(zombie)
-                assert pond.keyspace() == before
+                await _finished_by_another(pond, raw, zombie)
     assert pond.calls() in (calls, 1 if point == "llm_after_read" else calls)
     # Replies that had left before it froze are repeated by who takes over; clients drop the second by its id.
     assert len(raw.replies("r1")) <= (2 if point == "llm_after_reply" else 1)
@@ -132,10 +129,7 @@ async def test_an_llm_worker_frozen_in_the_middle_of_a_call_writes_nothing_when_
         await until(lambda: pond.calls() == 1, "the call is in progress")
         await asyncio.to_thread(zombie.sigstop)
         async with pond.working("llm"):
-            await _finished_by_another(pond, raw)
-            before = pond.keyspace()
-            await _wake(zombie)
-            assert pond.keyspace() == before
+            await _finished_by_another(pond, raw, zombie)
     assert pond.calls() == 2
     assert len(raw.replies("r1")) == 1
 
@@ -149,10 +143,7 @@ async def test_a_frozen_worker_cannot_overwrite_what_was_computed_after_an_inval
             await client.invalidate(everything=True)
             async with pond.working("llm"):
                 assert (await client.ask(PROMPT)).tier == "llm"
-                await _finished_by_another(pond, raw)
-                before = pond.keyspace()
-                await _wake(zombie)
-                assert pond.keyspace() == before
+                await _finished_by_another(pond, raw, zombie)
         assert (await client.ask(PROMPT)).tier in ("l1", "l2")
     assert raw.replies("r1")[0]["stored"] == "overtaken"
 
@@ -161,17 +152,16 @@ def _called_more_than(pond: Pond, times: int) -> bool:
     return pond.calls() > times
 
 
-async def _finished_by_another(pond: Pond, raw: Raw) -> None:
+async def _finished_by_another(pond: Pond, raw: Raw, zombie: Process) -> None:
+    """Wait until all is done without a frozen LLM worker; thaw it, and it writes nothing, as its fill is another's."""
     await raw.answered("r1")
     await pond.settled()
-
-
-async def _wake(zombie: Process) -> None:
-    """Thaw an LLM worker and wait until it says what it found: that its fill is another's."""
+    before = pond.keyspace()
     zombie.sigcont()
     await until(
         lambda: "nothing written" in zombie.errors or "lost the lease" in zombie.errors, "it learns of its loss"
     )
+    assert pond.keyspace() == before
 
 
 async def test_an_llm_worker_asked_to_stop_finishes_its_calls_and_leaves_the_group(pond: Pond, partitions: int) -> None:

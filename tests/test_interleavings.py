@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import pytest
 
 from shared.messages import Mode
-from shared.scripts import SCRIPTS, Script
 from tests.conftest import Server
 from tests.history import Ask, Violation
 from tests.interleavings import (
@@ -16,14 +14,15 @@ from tests.interleavings import (
     Cast,
     Scenario,
     Step,
+    changed,
     explore,
+    hold_in_every_order,
     invalidator,
     killer,
     leader,
     lookup,
     perform,
     refresher,
-    replay,
     rescuer,
     thief,
 )
@@ -176,24 +175,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_every_order_keeps_the_invariants(server: Server, name: str) -> None:
-    wanted, _, schedule = os.environ.get("MILLPOND_TEST_SCHEDULE", "").partition(":")
-    if wanted and wanted != name:
-        pytest.skip("another schedule is to be run again")
-    if schedule:
-        await replay(server.url, SCENARIOS[name], schedule)
-        return
-    try:
-        count = await explore(server.url, SCENARIOS[name])
-    except Violation as error:
-        pytest.fail(f"{error}\nagain: MILLPOND_TEST_SCHEDULE={name}:SCHEDULE pytest tests/test_interleavings.py")
-    assert count >= 2
-
-
-def changed(name: str, old: str, new: str) -> dict[str, Script]:
-    """Return a script with its last `old` replaced."""
-    before, found, after = SCRIPTS[name].source.rpartition(old)
-    assert found, f"{name}.lua no longer has {old!r}: correct this test"
-    return {name: Script(name, before + new + after)}
+    await hold_in_every_order(server.url, name, SCENARIOS)
 
 
 OWNS = {

@@ -43,6 +43,16 @@ def job(run: Callable[[Desk], Any], name: str = "tried", timeout: float = 5.0) -
     return Job(name, "for a test", "second", EACH_SECOND, run, timeout)
 
 
+def noted(ran: list[datetime]) -> Callable[[Desk], Any]:
+    """Return what a job does that says when it ran."""
+
+    async def tick(_: Desk) -> Result:
+        ran.append(datetime.now(UTC))
+        return {}
+
+    return tick
+
+
 @asynccontextmanager
 async def scheduling(settings: Settings, *jobs: Job, name: str = "schedule-test") -> AsyncIterator[None]:
     """Run a schedule worker in this process, that knows these jobs only."""
@@ -92,13 +102,8 @@ async def test_two_schedule_workers_run_each_tick_once(settings: Callable[..., S
 async def test_a_tick_that_was_run_is_not_run_by_a_worker_that_comes_late_to_it(
     settings: Callable[..., Settings], server: Server
 ) -> None:
-    ran: list[int] = []
-
-    async def tick(_: Desk) -> Result:
-        ran.append(1)
-        return {}
-
-    async with scheduling(settings(), job(tick)):
+    ran: list[datetime] = []
+    async with scheduling(settings(), job(noted(ran))):
         await until(lambda: ran, "a tick was run")
     with server.connect() as redis:
         (result, *_) = redis.scan_iter("arq:result:*")
@@ -133,13 +138,8 @@ async def test_what_a_job_did_or_why_it_failed_is_recorded(settings: Callable[..
 async def test_the_schedule_goes_on_after_redis_was_restarted(
     settings: Callable[..., Settings], own_server: EmbeddedRedis
 ) -> None:
-    ran: list[int] = []
-
-    async def tick(_: Desk) -> Result:
-        ran.append(1)
-        return {}
-
-    async with scheduling(settings(), job(tick)):
+    ran: list[datetime] = []
+    async with scheduling(settings(), job(noted(ran))):
         await until(lambda: ran, "a tick was run")
         await asyncio.to_thread(own_server.kill)
         await asyncio.to_thread(own_server.restart)
@@ -189,6 +189,7 @@ async def test_a_stopped_worker_lets_its_job_finish(settings: Callable[..., Sett
     async with scheduling(settings(), job(long)):
         async with asyncio.timeout(20):
             await began.wait()
+        # No sooner than it was told to stop, and what would end the job at once has had its turns.
         asyncio.get_running_loop().call_later(0.1, goes_on.set)
     assert ended.is_set()
 

@@ -236,7 +236,7 @@ class Fleet:
         self.turmoil.attacks.append(f"freeze {kind}")
         with contextlib.suppress(FileNotFoundError):  # it has just ended: there was no Redis at its start
             await asyncio.to_thread(process.sigstop)
-            await asyncio.sleep(1.3)
+            await asyncio.sleep(1.3)  # every lease is a second: another takes over what it holds
             process.sigcont()
 
     async def restart_redis(self) -> None:

@@ -191,6 +191,8 @@ class World(Ledger):
         status, owned = reply[0].decode(), self.owner.get(fill.id) == who
         must((status != "LOST") == owned, f"I6: {who} got {status} and does {'' if owned else 'not '}own the fill")
         self.wrote_nothing = status == "LOST"
+        if status == "LOST":
+            raise LostLease
         if status == "DONE":
             must(self.flights[fill.token].ended, "an outcome was found that nobody settled")
         return str(status)
@@ -216,8 +218,6 @@ class World(Ledger):
         """Look what is left to do; None: compute."""
         reply = await self.link.call(self.call("resume", self._names(fill), [keys.LLM_GROUP, who, fill.id, fill.token]))
         status = self._checked(who, fill, reply)
-        if status == "LOST":
-            raise LostLease
         flight = self.flights[fill.token]
         if status == "DONE":
             return Outcome.recorded(fill, reply)
@@ -246,8 +246,6 @@ class World(Ledger):
             )
         )  # fmt: skip
         status = self._checked(who, fill, reply)
-        if status == "LOST":
-            raise LostLease
         if status == "DONE":
             return Outcome.recorded(fill, reply)
         self._landed(self.flights[fill.token], status)
@@ -285,8 +283,6 @@ class World(Ledger):
         ]  # fmt: skip
         reply = await self.link.call(self.call("fail", names, args))
         status = self._checked(who, fill, reply)
-        if status == "LOST":
-            raise LostLease
         if status == "DONE":
             return Outcome.recorded(fill, reply)
         flight = self.flights[fill.token]
