@@ -12,6 +12,7 @@ from producers.invalidation import Invalidation, Order, append, checked, counted
 from producers.reply import Reply
 from shared.errors import InvalidRequest
 from shared.messages import MAX_DEADLINE, Mode, seconds
+from shared.profiles import EMBEDDING_MODEL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +115,7 @@ class Client(Computing):
         /,
         texts: str | Sequence[str],
         *,
-        model: str = "text-embedding-3-small",
+        model: str = EMBEDDING_MODEL,
         profile: str = "embedding",
         timeout: float | None = None,
         **fields: Any,

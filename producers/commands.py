@@ -12,17 +12,23 @@ import time
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
+import orjson
 import typer
 from rich.console import Console
 
 from shared import settings
 from shared.console import DEADLINE, print_json, reporting
 from shared.errors import InvalidRequest
+from shared.profiles import DEFAULT_PROFILE, EMBEDDING_MODEL
 
 if TYPE_CHECKING:
     from producers.invalidation import Invalidation
+    from producers.reply import Reply
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+#: Numbers of a vector that a person is shown.
+_FEW = 6
 
 
 class Mode(StrEnum):
@@ -38,7 +44,9 @@ class Mode(StrEnum):
 def ask(
     text: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to go before it.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model to ask; default: MILLPOND_MODEL.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"The model to ask; default: MILLPOND_MODEL, for embeddings {EMBEDDING_MODEL}.")
+    ] = None,
     profile: Annotated[str | None, typer.Option(help="The cache class; default: response.")] = None,
     tenant: Annotated[str, typer.Option(help="Who asks: tenants never share answers.")] = "default",
     scope: Annotated[
@@ -53,7 +61,8 @@ def ask(
 ) -> None:
     """Ask a question; the answer comes from the cache, from a call already under way, or from the provider.
 
-    The answer goes to standard output; where it came from and how long it took to standard error.
+    The answer goes to standard output; where it came from and how long it took to standard error. With a profile of
+    embeddings the text is embedded: --json shows the whole vector.
 
     Example: millpond ask "What is a millpond?" --tag doc:42
 
@@ -68,13 +77,21 @@ def ask(
         if as_json:
             print_json(found)
             return
-        typer.echo(found["text"])
+        typer.echo(_shown(found))
         how = f"joined a call under way ({found['tier']})" if found["collapsed"] else str(found["tier"])
         aged = f", {found['age']:.0f} s old" if found["age"] >= 1 else ""
         kept = "" if found["stored"] or found["tier"] != "llm" else f", not stored ({found['detail']})"
         Console(stderr=True, highlight=False).print(
             f"{how}{aged}{kept} · {found['latency'] * 1000:.1f} ms · {found['model']}", style="dim", markup=False
         )
+
+
+def _shown(found: dict[str, Any]) -> str:
+    """Return the text; of a vector its beginning; of what is neither, the JSON."""
+    if vector := found.get("embedding"):
+        few = ", ".join(f"{number:.4f}" for number in vector[:_FEW])
+        return f"{found['dimensions']} dimensions: {few}{', …' if len(vector) > _FEW else ''}"
+    return found["text"] or orjson.dumps(found["body"]).decode()
 
 
 def _scope(given: list[str]) -> dict[str, str] | None:
@@ -100,18 +117,39 @@ async def _ask(text: str, system: str | None, tenant: str, **directives: Any) ->
 
     if not text.strip():
         raise InvalidRequest("the question must not be empty", field="prompt")
+    chosen = settings.load()
+    about = chosen.all_profiles.get(directives["profile"] or DEFAULT_PROFILE)
+    embedding = about is not None and about.endpoint == "embeddings"
     asked: dict[str, Any] = {"prompt": text}
-    if system is not None:
+    if embedding:
+        if system is not None:
+            raise InvalidRequest("--system is for questions: this profile embeds the text alone", field="system")
+        asked = {"input": text}
+        directives["model"] = directives["model"] or EMBEDDING_MODEL
+    elif system is not None:
         messages = (("system", system), ("user", text))
         asked = {"messages": [{"role": role, "content": content} for role, content in messages]}
-    async with Client(settings=settings.load(), tenant=tenant) as client:
+    async with Client(settings=chosen, tenant=tenant) as client:
         began = time.perf_counter()
-        reply = await client.ask(**asked, **directives)
+        try:
+            reply = await client.ask(**asked, **directives)
+        except InvalidRequest as error:
+            if about is not None and error.field in about.scope:
+                error.message += f": --scope {error.field}=VALUE"
+            raise
         latency = round(time.perf_counter() - began, 6)
     names = (
         "text", "tier", "collapsed", "age", "ttl", "stored", "detail", "model", "usage", "key", "request_id", "body",
     )  # fmt: skip
-    return {name: getattr(reply, name) for name in names} | {"latency": latency}
+    told = {name: getattr(reply, name) for name in names} | {"latency": latency}
+    return told | _vector(reply) if embedding else told
+
+
+def _vector(reply: Reply) -> dict[str, Any]:
+    from producers.embeddings import vector
+
+    found = vector(reply.value, reply.provider)
+    return {"dimensions": len(found), "embedding": [float(f"{number:.9g}") for number in found]}  # float32: 9 digits
 
 
 def invalidate(

@@ -60,3 +60,5 @@ BUILT_IN: dict[str, Profile] = {
     "workflow": Profile(ttl=30 * DAY, stale_if_error=DAY, scope=("workflow",)),
 }
 DEFAULT_PROFILE = "response"
+#: The model of texts to embed that name none.
+EMBEDDING_MODEL = "text-embedding-3-small"

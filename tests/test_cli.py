@@ -14,15 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 import migrations
 import millpond
 from producers import commands as producing
+from producers.blocking import BlockingClient
 from shared.embedded import EmbeddedRedis
 from shared.keys import PartitionKeys
 from shared.messages import Mode
 from shared.postgres import EmbeddedPostgres
+from shared.profiles import BUILT_IN
 from shared.settings import Settings
 from tests import command_line
 from tests.command_line import FAST, await_that, run, run_json
@@ -184,6 +187,31 @@ def test_ask_takes_a_scope_a_system_message_and_standard_input(deployment: str) 
     piped = run_json("ask", "-", url=deployment, stdin="Who owns it?\n")
     assert (piped["key"], piped["tier"]) == (plain["key"], "l2")
     run_json("ask", "-", "--system", "Be brief.", url=deployment, stdin="\n", status=2)
+
+
+def test_ask_embeds_a_text_with_a_profile_of_embeddings(deployment: str) -> None:
+    found = run_json("ask", "mill pond", "--profile", "embedding", url=deployment)
+    assert (found["model"], found["dimensions"], len(found["embedding"])) == ("text-embedding-3-small", 1536, 1536)
+    with BlockingClient(deployment) as client:
+        assert client.embed("Mill pond.").tolist() == np.float32(found["embedding"]).tolist()
+    shown = run("ask", "MILL POND", "--profile", "embedding", url=deployment)
+    assert shown.stdout.startswith(f"1536 dimensions: {found['embedding'][0]:.4f}, ")
+    assert shown.stderr.startswith(("l1", "l2"))
+    refused = run_json("ask", "x", "--profile", "embedding", "--system", "y", url=deployment, status=2)
+    assert refused["error"]["field"] == "system"
+
+
+def test_ask_says_by_which_option_a_profile_gets_its_scope(deployment: str) -> None:
+    for profile, about in BUILT_IN.items():
+        for field in about.scope:
+            refused = run_json("ask", "Which mill?", "--profile", profile, url=deployment, status=2)["error"]
+            assert (refused["field"], f"--scope {field}=" in refused["message"]) == (field, True)
+
+
+def test_ask_shows_a_value_that_is_no_text(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "millpond.toml").write_text('[profiles.length]\nresolver = "builtins:len"\n')
+    with start_worker("lookup", server.url, cwd=tmp_path), start_worker("llm", server.url, cwd=tmp_path):
+        assert run("ask", "How long?", "--profile", "length", url=server.url).stdout == "2\n"
 
 
 def test_ask_as_json_has_the_body_and_why_it_was_not_stored(deployment: str) -> None:
