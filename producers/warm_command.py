@@ -23,6 +23,7 @@ from shared.embedded import resolve_url
 from shared.errors import InvalidRequest, Unavailable
 from shared.link import Link
 from shared.messages import Rules
+from shared.rounding import rounded
 from shared.settings import Settings, load
 from shared.times import moment
 from shared.warming import Account, Warmer, Wish, most_asked, wish_for
@@ -88,7 +89,7 @@ def warm(
         done = asyncio.run(_run(load(), plan))
         if as_json:
             told = {"left_out": done.left_out, "skipped": done.skipped, "interrupted": done.interrupted}
-            print_json(asdict(done.account) | told)
+            print_json(rounded(asdict(done.account)) | told)
         else:
             _show(done)
         if done.interrupted:

@@ -148,6 +148,11 @@ def test_a_simulated_answer_is_known_by_its_body_and_priced_as_the_model_it_stan
     assert report.build(recorder, SETUP, SIMULATED).spent.dollars == pytest.approx(2 * (cost(*PRICED) or 0))
 
 
+def test_the_dollars_of_a_few_tokens_are_not_rounded_away() -> None:
+    told = Told("llm", model="text-embedding-3-small", usage={"prompt_tokens": 2})
+    assert report.build(record(told), SETUP, SIMULATED).spent.dollars == pytest.approx(4e-8)
+
+
 def test_chat_and_embedding_models_have_list_prices() -> None:
     assert cost("gpt-4o-mini", 1_000_000, 1_000_000) == pytest.approx(0.75)
     assert cost("text-embedding-3-small", 1_000_000, 0) == pytest.approx(0.02)

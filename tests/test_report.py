@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -15,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from shared.errors import InvalidRequest
+from shared.rounding import rounded
 from shared.settings import Experiment
 from shared.touches import BOUNDS
 from tests.command_line import run, run_json
@@ -372,6 +375,35 @@ def test_the_command_shows_writes_and_prints(
     assert run_json("report", "--html", str(tmp_path / "no" / "page.html"), status=2)["error"]["field"] == "html"
     assert run_json("report", "--by", "weekday", status=2)["error"]["field"] == "by"
     assert run_json("report", "--since", "soon", status=2)["error"]["field"] == "since"
+
+
+async def test_figures_are_printed_without_the_noise_of_sums_and_small_ones_stay(
+    history: History, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = datetime.now(UTC)
+    await history.calls(0.1, 0.2, at=now)
+    await history.calls(4e-8, 3e-8, at=now, tenant="tiny", experiment=("e", "a"))
+    await history.hits("l1", 3, at=now.replace(minute=0, second=0, microsecond=0), cost=0.1 + 0.2 + 1e-17)
+    monkeypatch.setenv("MILLPOND_DATABASE_URL", database.url)
+    done = await asyncio.to_thread(run, "report", "--by", "tenant", "--by", "experiment", "--json")
+    found = json.loads(done.stdout)
+    assert [line["spent"] for line in found["groups"]["tenant"]] == [0.3, 7e-8]
+    assert (found["total"]["saved"], found["tiers"][0]["saved"]) == (0.3, 0.3)
+    digits = max(len(number.partition(".")[2]) for number in re.findall(r"\b\d+\.\d+\b", done.stdout))
+    assert digits <= 8, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("exact", "printed"),
+    [
+        ({"spent": 0.1 + 0.2}, 0.3), ({"spent": 1234.5678901}, 1234.56789), ({"saved": 1.23456789e-9}, 1.23457e-9),
+        ({"saved": -4e-8}, -4e-8), ({"saved": 0.0}, 0.0), ({"hit_rate": 2 / 3}, 0.6667), ({"p50_ms": 1 / 3}, 0.333),
+        ({"saved_seconds": 1.0005}, 1.0), ({"cost_difference": {"low": 1.23456789e-7}}, {"low": 1.23457e-7}),
+        ({"hit_rate_difference": {"high": 1 / 3}}, {"high": 0.3333}), ({"rows": [1, None, "x"]}, [1, None, "x"]),
+    ],
+)  # fmt: skip
+def test_a_figure_is_rounded_by_its_unit(exact: dict[str, Any], printed: Any) -> None:
+    assert list(rounded(exact).values()) == [printed]
 
 
 def test_without_a_database_it_says_what_to_do(empty_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import typer
 from shared.console import print_json, reporting
 from shared.database import DATABASE_ERRORS, cannot_reach, connect_pool
 from shared.errors import InvalidRequest, Unavailable
+from shared.rounding import rounded
 from shared.settings import Settings, load
 from workers import report_charts, report_html, report_table
 from workers.report import BYS, Report, Window, collect
@@ -57,7 +58,7 @@ def report(
         if html is not None:
             _write(html, report_html.render(found))
         if as_json:
-            print_json(found.as_dict() | {"html": None if html is None else str(html)})
+            print_json(rounded(found.as_dict()) | {"html": None if html is None else str(html)})
             return
         console = report_table.console(found, wanted)
         console.print(report_table.render(found, wanted), highlight=False)

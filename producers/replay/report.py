@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from producers.replay.record import COALESCED, LLM, Recorder, Usage, in_order
+from shared import rounding
 from shared.prices import cost
 from shared.settings import Price
 
@@ -131,7 +132,7 @@ def build(
         driver_lag_p99_ms=_ms(percentile(sorted(recorder.lag), 0.99)),
         spent=spent,
         saved=saved,
-        dollars_without_cache=round(without_cache, 6),
+        dollars_without_cache=rounding.dollars(without_cache),
         saved_share=_share(saved.dollars, without_cache),
     )
 
@@ -158,7 +159,7 @@ def _money(calls: Counter[Usage], prices: Mapping[str, Price]) -> Money:
         calls=calls.total(),
         prompt_tokens=sum(prompt * times for (_, prompt, _), times in calls.items()),
         completion_tokens=sum(completion * times for (_, _, completion), times in calls.items()),
-        dollars=round(dollars, 6),
+        dollars=rounding.dollars(dollars),
         unpriced=unpriced,
     )
 
