@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from shared.entry import unpack
-from shared.errors import ProviderError
+from shared.errors import ProviderError, RateLimited
 from shared.providers.base import Call, Completion
 from shared.providers.batching import EmbeddingBatches, shares
 from shared.providers.simulated import embed
@@ -126,6 +126,50 @@ async def test_who_gives_up_leaves_the_others_of_a_batch_alone_and_the_last_ends
     await faults_support.until(lambda: inner.cancelled, "the call ended")
     await asyncio.gather(*tasks, return_exceptions=True)
     await batches.close()
+
+
+async def test_texts_that_go_out_together_are_admitted_as_one_call() -> None:
+    batches, admitted, open_ = EmbeddingBatches(Counting(), most=3), list[int](), asyncio.Event()
+
+    async def acquire(tokens: int) -> None:
+        admitted.append(tokens)
+        await open_.wait()
+
+    def asking(*texts: Any, **how: Any) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(batches.admit(call(text), 10, acquire, **how)) for text in texts]
+
+    tasks = asking("a", "b", "c", "d", ["a list"], most_tokens=None)
+    await faults_support.until(lambda: sorted(admitted) == [10, 10, 30], "three of a batch, the fourth, the list")
+    tasks[0].cancel()
+    tasks[3].cancel()
+    await asyncio.wait([tasks[0], tasks[3]])
+    admitted.clear()
+    more = asking("e", "f", "g", most_tokens=20)
+    await faults_support.until(lambda: sorted(admitted) == [10, 20], "no more tokens than a window holds")
+    open_.set()
+    found = await asyncio.gather(*tasks, *more, return_exceptions=True)
+    assert [type(one) for one in found if one is not None] == [asyncio.CancelledError] * 2
+    await batches.close()
+
+
+async def test_what_admission_raises_is_told_to_all_it_was_asked_for() -> None:
+    async def refuse(_: int) -> None:
+        raise RateLimited("full")
+
+    batches = EmbeddingBatches(Counting())
+    asked = [batches.admit(call(text), 1, refuse) for text in "ab"]
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(one) for one in found] == [RateLimited] * 2
+    await batches.close()
+
+
+async def test_a_limit_of_requests_counts_calls_and_not_texts(pond: Pond) -> None:
+    pond.options |= {"requests_per_minute": 10, "timeout": 10.0}
+    texts = [f"a text about {n}" for n in range(30)]
+    async with pond.working("lookup", "llm"), pond.client() as client:
+        assert len(await client.embed(texts)) == 30
+        await pond.settled()
+    assert pond.calls() <= 10
 
 
 async def test_closing_leaves_nobody_waiting() -> None:

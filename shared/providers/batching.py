@@ -2,6 +2,9 @@
 
 Only requests whose `input` is a single text, and which are otherwise alike, are put together; each gets its own vector
 (float32, little-endian) and its share of the tokens. A list goes out, and its answer comes back, as it is.
+
+Rate limits count calls of the provider: texts that are to go out together are admitted together, as one. A batch
+that is refused for one of its texts is the exception: what is then sent text by text was admitted once.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +32,16 @@ class _Waiting:
     future: asyncio.Future[Completion]
 
 
+@dataclass(slots=True)
+class _Admission:
+    """Texts that are admitted as one call."""
+
+    texts: int = 0
+    tokens: int = 0
+    waiting: int = 0
+    task: asyncio.Task[None] | None = None
+
+
 class EmbeddingBatches:
     """A provider, with its embeddings of single texts put together; everything else passes through."""
 
@@ -37,6 +51,7 @@ class EmbeddingBatches:
         self._window = window
         self._most = most
         self._open: dict[bytes, list[_Waiting]] = {}
+        self._admitting: dict[bytes, _Admission] = {}
         self._sending: set[asyncio.Task[None]] = set()
 
     async def complete(self, call: Call) -> Completion:
@@ -45,10 +60,8 @@ class EmbeddingBatches:
         Raises:
             ProviderError: the batch's own error, the same object for all of it.
         """
-        text = call.body.get("input")
-        if call.endpoint != "embeddings" or not isinstance(text, str):
+        if (alike := _alike(call)) is None:
             return await self._provider.complete(call)
-        alike = orjson.dumps({k: v for k, v in call.body.items() if k != "input"}, option=orjson.OPT_SORT_KEYS)
         waiting = self._open.get(alike)
         if waiting is None:
             waiting = self._open[alike] = []
@@ -60,6 +73,47 @@ class EmbeddingBatches:
         if len(waiting) >= self._most:
             del self._open[alike]
         return await mine.future
+
+    async def admit(
+        self, call: Call, tokens: int, acquire: Callable[[int], Awaitable[None]], *, most_tokens: int | None = None
+    ) -> None:
+        """Return once `call` may be made: `acquire`, told the tokens, is awaited once for texts that go out together.
+
+        They have `most_tokens` at most: what a window does not hold is not counted. Cancelling one leaves the others.
+
+        Raises:
+            Exception: what `acquire` raised, to all of them.
+        """
+        if (alike := _alike(call)) is None:
+            return await acquire(tokens)
+        group = self._admitting.get(alike)
+        if group is None or (most_tokens is not None and group.tokens + tokens > most_tokens):
+            group = self._admitting[alike] = _Admission()
+            group.task = asyncio.create_task(self._acquire(alike, group, acquire))
+            self._sending.add(group.task)
+            group.task.add_done_callback(self._sending.discard)
+        group.texts, group.tokens, group.waiting = group.texts + 1, group.tokens + tokens, group.waiting + 1
+        if group.texts >= self._most:
+            self._close(alike, group)
+        assert group.task is not None  # noqa: S101 (set where it is made)
+        try:
+            await asyncio.shield(group.task)
+        finally:
+            group.waiting -= 1
+            if not group.waiting:
+                self._close(alike, group)  # at once: nobody may join what is being cancelled
+                group.task.cancel()
+
+    async def _acquire(self, alike: bytes, group: _Admission, acquire: Callable[[int], Awaitable[None]]) -> None:
+        try:
+            await asyncio.sleep(self._window)
+        finally:
+            self._close(alike, group)
+        await acquire(group.tokens)
+
+    def _close(self, alike: bytes, group: _Admission) -> None:
+        if self._admitting.get(alike) is group:
+            del self._admitting[alike]
 
     async def close(self) -> None:
         """Give up what is under way, and the provider."""
@@ -140,6 +194,13 @@ class EmbeddingBatches:
                 f"{self.name} gave {len(vectors)} embeddings for {expected} texts, or empty ones", provider=self.name
             )
         return vectors
+
+
+def _alike(call: Call) -> bytes | None:
+    """Return what texts that go out together have in common; None for a call that goes out as it is."""
+    if call.endpoint != "embeddings" or not isinstance(call.body.get("input"), str):
+        return None
+    return orjson.dumps({k: v for k, v in call.body.items() if k != "input"}, option=orjson.OPT_SORT_KEYS)
 
 
 async def _all_done(futures: list[asyncio.Future[Completion]]) -> None:

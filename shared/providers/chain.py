@@ -187,9 +187,17 @@ class _Asking:
         assert self.limits is not None  # noqa: S101 (asked for only then)
         if self.breaker is not None:
             await self.breaker.look(self._circuit)
+        tokens, provider = estimate_tokens(self.call.body, self.call.endpoint), self.route.provider
+        if isinstance(provider, EmbeddingBatches):
+            await provider.admit(self.call, tokens, self._acquire, most_tokens=self.limits.tokens)
+        else:
+            await self._acquire(tokens)
+
+    async def _acquire(self, tokens: int) -> None:
+        assert self.limits is not None  # noqa: S101 (asked for only then)
         while True:
             try:
-                return await self.limits.acquire(estimate_tokens(self.call.body, self.call.endpoint))
+                return await self.limits.acquire(tokens)
             except Unavailable:
                 await asyncio.sleep(0.2)
 

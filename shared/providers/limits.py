@@ -53,7 +53,8 @@ class RateLimits:
 
     def __init__(self, settings: Settings, url: str, *, period: int = 60) -> None:
         self._requests = settings.requests_per_minute
-        self._tokens = settings.tokens_per_minute
+        #: tokens per window, if they are limited
+        self.tokens = settings.tokens_per_minute
         self._url = url
         self._period = period
         self._turn = asyncio.Lock()
@@ -64,7 +65,7 @@ class RateLimits:
     @property
     def active(self) -> bool:
         """Whether any limit is configured."""
-        return self._requests is not None or self._tokens is not None
+        return self._requests is not None or self.tokens is not None
 
     async def acquire(self, tokens: int, *, timeout: float | None = None) -> None:
         """Return once one call of about `tokens` tokens may be made; at once when no limit is configured.
@@ -111,7 +112,7 @@ class RateLimits:
             from limits.aio.storage import RedisStorage
             from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-            amounts = {"tokens": self._tokens, "requests": self._requests}
+            amounts = {"tokens": self.tokens, "requests": self._requests}
             self._windows = [
                 RateLimitItemPerSecond(amount, self._period, namespace)
                 for namespace, amount in amounts.items()
