@@ -121,10 +121,14 @@ class ProviderError(MillpondError):
     retry_after: float | None
     #: whether a circuit breaker has counted it: one failed batch is one failure (not on the wire)
     counted: bool = False
+    #: what `retryable` is of every error of a kind; None: its status tells
+    passes: ClassVar[bool | None] = None
 
     @property
     def retryable(self) -> bool:
-        """Whether another attempt may succeed: 408, 409, 429 and 5xx may, other 4xx never."""
+        """Whether another attempt may succeed: by its kind, else 408, 409, 429 and 5xx may, other 4xx never."""
+        if self.passes is not None:
+            return self.passes
         return self.status is not None and (self.status in (408, 409, 429) or self.status >= 500)
 
 
@@ -132,44 +136,28 @@ class RateLimited(ProviderError):
     """The provider answered 429."""
 
     code = "rate_limited"
-
-    @property
-    def retryable(self) -> bool:
-        """Always: a rate limit passes."""
-        return True
+    passes = True
 
 
 class ProviderTimeout(ProviderError):
     """The provider did not answer in time."""
 
     code = "provider_timeout"
-
-    @property
-    def retryable(self) -> bool:
-        """Always: the next attempt may be faster."""
-        return True
+    passes = True  # the next attempt may be faster
 
 
 class ProviderUnreachable(ProviderError):
     """No connection to the provider could be made, or it broke."""
 
     code = "provider_unreachable"
-
-    @property
-    def retryable(self) -> bool:
-        """Always: connections come back."""
-        return True
+    passes = True  # connections come back
 
 
 class ContentFiltered(ProviderError):
     """The provider refused the content of the request."""
 
     code = "content_filtered"
-
-    @property
-    def retryable(self) -> bool:
-        """Never: the same content is refused again."""
-        return False
+    passes = False  # the same content is refused again
 
 
 def _tree(base: type[MillpondError]) -> dict[str, type[MillpondError]]:

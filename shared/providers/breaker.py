@@ -40,10 +40,7 @@ _REMEMBERED = 1000
 class CircuitOpen(ProviderUnreachable):
     """The provider has just failed several times: no call was made. On the wire it is its parent."""
 
-    @property
-    def retryable(self) -> bool:
-        """Never: the next of the chain is asked at once."""
-        return False
+    passes = False  # the next of the chain is asked at once
 
 
 def is_ill(error: ProviderError) -> bool:

@@ -21,7 +21,7 @@ from shared.providers.batching import EmbeddingBatches
 from shared.providers.breaker import Breaker, CircuitOpen
 from shared.providers.limits import RateLimits, estimate_tokens
 from shared.providers.resolver import ResolverProvider
-from shared.providers.retry import with_retries
+from shared.providers.retry import with_retries, within
 from shared.settings import Settings
 
 log = logging.getLogger("millpond.provider")
@@ -174,7 +174,7 @@ class _Asking:
 
     async def run(self, total: float) -> Completion:
         if self.route.resolver:
-            return await self._resolved(total)
+            return await within(total, self._called, self.route.name, "MILLPOND_TOTAL_TIMEOUT")
         return await with_retries(
             self._attempt,
             self.settings,
@@ -242,19 +242,6 @@ class _Asking:
             if self.route.simulated:
                 attempt["simulated"] = True
             self.attempts.append(attempt)
-
-    async def _resolved(self, total: float) -> Completion:
-        try:
-            async with asyncio.timeout(total) as scope:
-                return await self._called(total)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise ProviderTimeout(
-                f"{self.route.name} gave no answer within {total:.3g} s; if it is merely slow, raise "
-                "MILLPOND_TOTAL_TIMEOUT",
-                provider=self.route.name,
-            ) from None
 
     @property
     def _circuit(self) -> str:

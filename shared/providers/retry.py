@@ -84,7 +84,7 @@ async def with_retries(
                         on_attempt(started)
                     seconds = min(settings.attempt_timeout, deadline - loop.time())
                     try:
-                        return await _within(seconds, attempt, provider)
+                        return await within(seconds, attempt, provider)
                     except ProviderError as error:
                         if on_error is not None:
                             on_error(error)
@@ -101,7 +101,14 @@ async def with_retries(
     raise AssertionError("the retry loop ended without an outcome")
 
 
-async def _within(seconds: float, attempt: Callable[[float], Awaitable[T]], provider: str) -> T:
+async def within(
+    seconds: float, attempt: Callable[[float], Awaitable[T]], provider: str, setting: str = "MILLPOND_ATTEMPT_TIMEOUT"
+) -> T:
+    """Run one attempt, which is cancelled after `seconds`; `setting` bounds them.
+
+    Raises:
+        ProviderTimeout: it was.
+    """
     try:
         async with asyncio.timeout(seconds) as scope:
             return await attempt(seconds)
@@ -109,7 +116,7 @@ async def _within(seconds: float, attempt: Callable[[float], Awaitable[T]], prov
         if not scope.expired():
             raise
         raise ProviderTimeout(
-            f"{provider} gave no answer within {seconds:.3g} s; if it is merely slow, raise MILLPOND_ATTEMPT_TIMEOUT",
+            f"{provider} gave no answer within {seconds:.3g} s; if it is merely slow, raise {setting}",
             provider=provider,
         ) from None
 
