@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import tempfile
-from collections.abc import Coroutine
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,9 +14,8 @@ from producers.replay import make_demo, plot, progress, session, table, throwawa
 from producers.replay.record import Recorder
 from producers.replay.report import Report
 from shared.console import INTERRUPTED, OTHER, print_json, reporting
+from shared.loop import run_fast
 from shared.settings import load
-
-_T = TypeVar("_T")
 
 DEMO_REQUESTS = 2000
 DEMO_PLOT = Path("out/demo.png")
@@ -101,7 +97,7 @@ def replay(
             seed=seed,
         )
         prepared = session.prepare(plan)
-        recorder, report = _run(session.replay(settings, plan, prepared, _show))
+        recorder, report = run_fast(session.replay(settings, plan, prepared, progress.shown))
         _finish(recorder, report, plot_file, as_json)
 
 
@@ -135,7 +131,7 @@ def demo(
         prepared = session.prepare(plan)
         with throwaway.deployment(heard, MILLPOND_PROVIDER="simulated", MILLPOND_CONCURRENCY="256") as url:
             settings = load(redis_url=url, provider="simulated")
-            recorder, report = _run(session.replay(settings, plan, prepared, _show))
+            recorder, report = run_fast(session.replay(settings, plan, prepared, progress.shown))
         _finish(recorder, report, plot_file, as_json)
 
 
@@ -150,20 +146,6 @@ def _demo_workload(requests: int, scratch: Path) -> Path:
 def _check_plot(path: Path | None) -> None:
     if path is not None:
         plot.check(path)
-
-
-def _show(recorder: Recorder, total: int) -> AbstractAsyncContextManager[None]:
-    return progress.shown(recorder, total)
-
-
-def _run(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run on uvloop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(work)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
 
 
 def _finish(recorder: Recorder, report: Report, plot_file: Path | None, as_json: bool) -> None:

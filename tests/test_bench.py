@@ -16,10 +16,10 @@ import pytest
 from rich.console import Console
 
 from producers.bench import command, machine, measure, promotion, questions, scenarios, table, workflows
-from producers.bench.loop import run_fast
 from producers.bench.stage import surroundings
 from shared.console import INTERRUPTED
 from shared.errors import ConfigError, InvalidRequest, Unavailable
+from shared.loop import run_fast
 from tests.command_line import await_that
 from tests.conftest import Server
 

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from shared import embedded, settings
 from shared.console import print_json, reporting
 from shared.errors import InvalidRequest, Unavailable
 from shared.link import LINK_ERRORS, Link
+from shared.loop import run_fast
 from workers import dead_letters, doctor, durable, overview, supervisor, tables
 from workers.kinds import Kind
 
@@ -70,16 +70,7 @@ def worker(
         chosen = settings.load(**({} if concurrency is None else {"concurrency": concurrency}))
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
         logging.getLogger("stamina").setLevel(logging.ERROR)  # of each attempt it says no more than that there was one
-        with asyncio.Runner(loop_factory=_fast_loop()) as runner:
-            runner.run(_work(kind, chosen, as_json))
-
-
-def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        return None  # asyncio's own
-    return new_event_loop
+        run_fast(_work(kind, chosen, as_json))
 
 
 async def _work(kind: Kind, chosen: settings.Settings, as_json: bool) -> None:

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from producers.bench import machine, table
-from producers.bench.loop import run_fast
 from producers.bench.measure import Show
 from producers.bench.stage import Stage, surroundings
 from shared.console import OTHER, print_json, reporting
 from shared.errors import ConfigError, InvalidRequest
+from shared.loop import run_fast
 from shared.settings import load
 
 

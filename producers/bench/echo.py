@@ -11,10 +11,10 @@ from typing import Any
 
 import orjson
 
-from producers.bench.loop import run_fast
 from producers.bench.rivals import ECHO_GROUP, ECHO_REQUESTS
 from shared.console import print_json
 from shared.link import Command, Link
+from shared.loop import run_fast
 
 _BATCH = 256
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import orjson
 
-from producers.bench.loop import run_fast
 from producers.client import Client
 from producers.reply import Reply
 from shared.console import print_json
 from shared.errors import MillpondError
+from shared.loop import run_fast
 from shared.settings import load
 
 _TIMEOUT = 45.0

@@ -1,4 +1,4 @@
-"""The event loop benchmarks run on: uvloop where it is installed, as the workers'."""
+"""The event loop of what has to be fast: uvloop where it is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def run_fast(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` to its end."""
+    """Run `work` to its end, as `asyncio.run` would."""
     try:
         import uvloop
     except ImportError:
