@@ -21,30 +21,6 @@ from shared.errors import Superseded as Superseded
 from shared.errors import Unavailable as Unavailable
 from shared.settings import Settings as Settings
 
-__all__ = [
-    "BlockingClient",
-    "Client",
-    "ComputeError",
-    "ConfigError",
-    "ContentFiltered",
-    "DeadlineExceeded",
-    "Found",
-    "Info",
-    "InvalidRequest",
-    "Invalidation",
-    "MillpondError",
-    "NotCached",
-    "Overloaded",
-    "Poisoned",
-    "ProviderError",
-    "ProviderTimeout",
-    "ProviderUnreachable",
-    "RateLimited",
-    "Reply",
-    "Settings",
-    "Superseded",
-    "Unavailable",
-]
 __version__: str
 
 def main() -> None: ...

@@ -39,7 +39,7 @@ async def watch(link: Link, settings: Settings) -> dict[str, Any]:
     share = used / limit
     seen: dict[str, Any] = {"used": used, "limit": limit, "share": round(share, 4)}
     if share >= settings.memory_mark:
-        await _alert(link, seen, settings.memory_mark)
+        await _alert(link, seen)
     elif share < settings.memory_mark * _RELIEVED:
         if await link.call(("DEL", keys.PRESSURE)):
             log.warning("Redis' memory is below its mark again: %.0f %% of %d bytes", share * 100, limit)
@@ -47,7 +47,7 @@ async def watch(link: Link, settings: Settings) -> dict[str, Any]:
     return seen | {"pressure": bool(await link.call(("EXISTS", keys.PRESSURE)))}
 
 
-async def _alert(link: Link, seen: dict[str, Any], mark: float) -> None:
+async def _alert(link: Link, seen: dict[str, Any]) -> None:
     # Renewed by PEXPIRE: a server that has no byte left still takes that.
     if await link.call(("PEXPIRE", keys.PRESSURE, PRESSURE_MS)):
         return

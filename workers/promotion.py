@@ -246,15 +246,13 @@ class _Stored:
         return {row[0].hex(): row[1] for row in rows}
 
 
-async def sweep(
-    link: Link, pool: Pool, settings: Settings, partitions: int, *, hours: float = 24.0, most: int = 1000
-) -> dict[str, int]:
-    """Do for the `most` often hit keys of the last `hours` what a lost report, or an outage, left undone.
+async def sweep(link: Link, pool: Pool, settings: Settings, partitions: int, *, most: int = 1000) -> dict[str, int]:
+    """Do for the `most` often hit keys of the last day what a lost report, or an outage, left undone.
 
     Bounded and idempotent: what lives long enough in L2 is left alone, what is missing and still wanted comes back.
     Returns how many keys were `top`, and the counts of `Tended`.
     """
-    rows = await pool.fetch(_TOP, timedelta(hours=hours), most)
+    rows = await pool.fetch(_TOP, timedelta(days=1), most)
     (now,) = await link.send([("TIME",)])
     hits: dict[int, dict[str, Hits]] = {}
     for key, last_ms in ((row[0].hex(), int(row[1].timestamp() * 1000)) for row in rows):

@@ -125,10 +125,10 @@ async def run(
 # the streams
 
 
-def synthetic(count: int, among: int = _AMONG, seed: int = 1) -> Stream:
+def synthetic(count: int) -> Stream:
     """Return a stream of Zipf popularity, exponent 1: most of what is asked is asked once."""
-    weights = [1 / (rank + 1) for rank in range(among)]
-    drawn = random.Random(seed).choices(range(among), weights, k=count)
+    weights = [1 / (rank + 1) for rank in range(_AMONG)]
+    drawn = random.Random(1).choices(range(_AMONG), weights, k=count)
     return [(number / count, f"question {name}") for number, name in enumerate(drawn)]
 
 

@@ -13,6 +13,7 @@ from producers.replay.workload import read
 #: Tokens of simulated answers that come to about 2 KB of text.
 ANSWER_TOKENS = 435
 POPULARITY = 1.1
+_AT_ONCE = 64
 
 Messages = list[dict[str, Any]]
 
@@ -32,13 +33,13 @@ def distinct(count: int) -> list[Messages]:
     return made
 
 
-def popular(count: int, among: int, seed: int = 1) -> list[int]:
+def popular(count: int, among: int) -> list[int]:
     """Return `count` draws from `among` questions with Zipf popularity: a few are asked all the time, most rarely."""
     weights = [1 / (rank + 1) ** POPULARITY for rank in range(among)]
-    return random.Random(seed).choices(range(among), weights, k=count)
+    return random.Random(1).choices(range(among), weights, k=count)
 
 
-async def answer_all(client: Client, questions: list[Messages], concurrency: int = 64) -> list[str]:
+async def answer_all(client: Client, questions: list[Messages]) -> list[str]:
     """Ask every question once; return the answers' texts."""
     texts = [""] * len(questions)
     numbers = iter(range(len(questions)))
@@ -47,5 +48,5 @@ async def answer_all(client: Client, questions: list[Messages], concurrency: int
         for number in numbers:
             texts[number] = (await client.ask(messages=questions[number])).text
 
-    await asyncio.gather(*(keep_on() for _ in range(concurrency)))
+    await asyncio.gather(*(keep_on() for _ in range(_AT_ONCE)))
     return texts

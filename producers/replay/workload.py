@@ -56,11 +56,6 @@ class Workload:
     requests: list[Request]
     skipped: int = 0
 
-    @property
-    def timed(self) -> bool:
-        """Whether every request says when it arrived."""
-        return bool(self.requests) and all(request.at is not None for request in self.requests)
-
 
 class _BadLine(ValueError):
     """What is wrong with a line; the reader adds file and line."""

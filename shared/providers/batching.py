@@ -45,10 +45,9 @@ class _Admission:
 class EmbeddingBatches:
     """A provider, with its embeddings of single texts put together; everything else passes through."""
 
-    def __init__(self, provider: Provider, *, window: float = WINDOW, most: int = MOST) -> None:
+    def __init__(self, provider: Provider, *, most: int = MOST) -> None:
         self.name = provider.name
         self._provider = provider
-        self._window = window
         self._most = most
         self._open: dict[bytes, list[_Waiting]] = {}
         self._admitting: dict[bytes, _Admission] = {}
@@ -106,7 +105,7 @@ class EmbeddingBatches:
 
     async def _acquire(self, alike: bytes, group: _Admission, acquire: Callable[[int], Awaitable[None]]) -> None:
         try:
-            await asyncio.sleep(self._window)
+            await asyncio.sleep(WINDOW)
         finally:
             self._close(alike, group)
         await acquire(group.tokens)
@@ -125,7 +124,7 @@ class EmbeddingBatches:
     async def _gather(self, alike: bytes, waiting: list[_Waiting]) -> None:
         tasks: list[asyncio.Task[None]] = []
         try:
-            await asyncio.sleep(self._window)
+            await asyncio.sleep(WINDOW)
             if self._open.get(alike) is waiting:
                 del self._open[alike]
             batch = [one for one in waiting if not one.future.done()]
