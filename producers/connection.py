@@ -73,7 +73,7 @@ class Connection:
         self._id = secrets.token_hex(8)
         self._count = 0
         self._waiting: dict[str, Outgoing] = {}
-        self._chores: set[asyncio.Task[None]] = set()
+        self._chores: set[asyncio.Task[Any]] = set()
         self._leading: set[Leader] = set()
         #: the newest elections somebody here was told of: a request published twice is elected twice
         self._elected: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -303,19 +303,9 @@ class Connection:
                 if not outgoing.future.done():
                     self._publisher.publish(outgoing)
 
-    def _chore(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Do something in the background, until it is done or the client is closed."""
-        task = asyncio.create_task(work)
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
-        return task
-
     def _finish(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Write something others wait for: in the background, and before the client is closed."""
-        task = asyncio.create_task(work)
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
-        return task
+        return _kept(work, self._endings)
 
     def _encode_directives(self, directives: Mapping[str, Any], *, lead: bool = False) -> bytes:
         wire = self._defaults | {name: value for name, value in directives.items() if value is not None}
@@ -365,7 +355,7 @@ class Connection:
         """Answer a request without Redis; whatever comes for it later is dropped."""
         self._waiting.pop(outgoing.request_id, None)
         outgoing.withdrawn = True
-        task = self._chore(self._answer_alone(outgoing, fallback))
+        task = _kept(self._answer_alone(outgoing, fallback), self._chores)
         outgoing.future.add_done_callback(lambda _: task.cancel())  # who has left needs no answer
 
     async def _answer_alone(self, outgoing: Outgoing, fallback: Fallback) -> None:
@@ -382,6 +372,14 @@ class Connection:
         else:
             if not future.done():
                 future.set_result(reply if reply is not None else ALONE)
+
+
+def _kept(work: Coroutine[Any, Any, Any], among: set[asyncio.Task[Any]]) -> asyncio.Task[Any]:
+    """Do something in the background; until it is done it stands among those that closing ends."""
+    task = asyncio.create_task(work)
+    among.add(task)
+    task.add_done_callback(among.discard)
+    return task
 
 
 def _expire(outgoing: Outgoing, wait: float) -> None:

@@ -91,10 +91,9 @@ class Store(Connection):
             DeadlineExceeded: no outcome within `timeout` seconds.
             Unavailable: no server could be reached.
         """
-        try:
-            reply = await self._look_up(profile, args, timeout, tags=tags, tenant=tenant, scope=scope, max_age=max_age)
-        except NotCached as miss:
-            return Found(hit=False, value=None, epoch=miss.epoch)
+        reply = await self._look_up(profile, args, timeout, tags=tags, tenant=tenant, scope=scope, max_age=max_age)
+        if isinstance(reply, NotCached):
+            return Found(hit=False, value=None, epoch=reply.epoch)
         return Found(
             hit=True,
             value=reply.value,
@@ -117,11 +116,7 @@ class Store(Connection):
         timeout: float | None = None,
     ) -> bool:
         """Say whether `get` would find something. Errors as there."""
-        try:
-            await self._look_up(profile, args, timeout, tenant=tenant, scope=scope)
-        except NotCached:
-            return False
-        return True
+        return isinstance(await self._look_up(profile, args, timeout, tenant=tenant, scope=scope), Reply)
 
     async def info(
         self,
@@ -133,9 +128,8 @@ class Store(Connection):
         timeout: float | None = None,
     ) -> Info | None:
         """Return what is known of a stored value; None when there is none. Errors as `get`."""
-        try:
-            reply = await self._look_up(profile, args, timeout, tenant=tenant, scope=scope)
-        except NotCached:
+        reply = await self._look_up(profile, args, timeout, tenant=tenant, scope=scope)
+        if isinstance(reply, NotCached):
             return None
         names, (head, size) = await self._at(
             reply.key, lambda k: [("GETRANGE", k.entry(reply.key), 0, _HEAD), ("STRLEN", k.entry(reply.key))]
@@ -214,9 +208,12 @@ class Store(Connection):
         cache = self._encode_directives({"profile": profile} | directives)
         return understand(self._body(args), cache, self._rules)
 
-    async def _look_up(self, profile: str, args: Any, timeout: float | None, **directives: Any) -> Reply:
+    async def _look_up(self, profile: str, args: Any, timeout: float | None, **directives: Any) -> Reply | NotCached:
         directives |= {"profile": profile, "mode": "only-if-cached"}
-        reply = await self._request(self._body(args), directives, timeout)
+        try:
+            reply = await self._request(self._body(args), directives, timeout)
+        except NotCached as miss:
+            return miss
         assert isinstance(reply, Reply)  # noqa: S101 (nothing else answers such a request)
         return reply
 

@@ -12,7 +12,8 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import orjson
 from redis.exceptions import ResponseError
@@ -47,12 +48,8 @@ async def run_crew(
         ConfigError: the deployment was born otherwise than this process is configured.
         Unavailable: no server answers.
     """
-    url = resolve_url(settings)
-    link = Link(url, name=f"millpond-{kind}-beat")
-    try:
-        partitions = await settle(link, settings.partitions)
-        crew = Crew(kind, settings, url, partitions, f"{kind}-{secrets.token_hex(6)}")
-        consumers = [consumer(crew, PartitionKeys(p)) for p in range(partitions)]
+    async with _enlisted(kind, settings) as (crew, link):
+        consumers = [consumer(crew, PartitionKeys(p)) for p in range(crew.partitions)]
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(c.run()) for c in consumers]
             beat = tasks.create_task(_beat(crew, link, stop))
@@ -62,11 +59,6 @@ async def run_crew(
             await asyncio.gather(*(c.stop() for c in consumers))
             await asyncio.gather(*running)
             beat.cancel()
-        await _flush(crew, link, farewell=True)
-        if crew.disowned is not None:
-            raise crew.disowned
-    finally:
-        await link.close()
 
 
 async def run_alone(
@@ -82,16 +74,24 @@ async def run_alone(
         ConfigError: the deployment was born otherwise than this process is configured.
         Unavailable: no server answers.
     """
-    url = resolve_url(settings)
-    link = Link(url, name=f"millpond-{kind}-beat")
-    try:
-        crew = Crew(kind, settings, url, await settle(link, settings.partitions), f"{kind}-{secrets.token_hex(6)}")
+    async with _enlisted(kind, settings) as (crew, link):
         beat = asyncio.create_task(_beat(crew, link, stop))
         try:
             await work(crew, stop, lambda: on_ready(crew.name))
         finally:
             beat.cancel()
             await asyncio.gather(beat, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _enlisted(kind: str, settings: Settings) -> AsyncIterator[tuple[Crew, Link]]:
+    """Yield a crew of a settled deployment and the link of its heartbeat; take leave of Redis at an orderly end."""
+    url = resolve_url(settings)
+    link = Link(url, name=f"millpond-{kind}-beat")
+    try:
+        partitions = await settle(link, settings.partitions)
+        crew = Crew(kind, settings, url, partitions, f"{kind}-{secrets.token_hex(6)}")
+        yield crew, link
         await _flush(crew, link, farewell=True)
         if crew.disowned is not None:
             raise crew.disowned
