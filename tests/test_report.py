@@ -23,7 +23,8 @@ from shared.touches import BOUNDS
 from tests.command_line import run, run_json
 from tests.databases import Database
 from workers import report_html, report_table
-from workers.report import BYS, Report, Window, asked, collect
+from workers.report import Report, Window, asked, collect
+from workers.report_sql import BYS
 
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
 HOUR = datetime(2026, 11, 20, 10, tzinfo=UTC)

@@ -106,9 +106,9 @@ class Consumer(ABC):
     # what a subclass is
 
     @property
-    @abstractmethod
     def lease(self) -> float:
         """Seconds of silence after which another consumer may take this one's messages."""
+        return self.settings.background_lease
 
     @property
     @abstractmethod

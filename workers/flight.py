@@ -109,11 +109,7 @@ class Outcome:
         reason, now_ms, waiters, fresh_ms = reply
         text, blob = (orjson.dumps(value), body) if value else (body, None)
         tail = tail_of(fill.key, fill.model, text, provider=provider, epoch=fill.epoch)
-        first, rest = (
-            framed(payload("llm", late, reason.decode(), now_ms, fresh_ms, now_ms, tail), blob)
-            for late in (False, True)
-        )
-        return cls(now_ms, waiters, first, rest)
+        return cls(now_ms, waiters, *_payloads(reason, now_ms, fresh_ms, now_ms, tail, blob))
 
     @classmethod
     def recorded(cls, fill: Fill, reply: list[Any]) -> Outcome:
@@ -127,16 +123,19 @@ class Outcome:
                 return cls(now_ms, waiters, error, error)
             return cls.standing_in(unpack(fill.key, kept), now_ms, waiters, error)
         entry = unpack(fill.key, record)
-        first, rest = (
-            framed(
-                payload("llm", late, reason.decode(), entry.created_ms, entry.fresh_ms, now_ms, entry.tail), entry.blob
-            )
-            for late in (False, True)
-        )
-        return cls(now_ms, waiters, first, rest)
+        told = _payloads(reason, entry.created_ms, entry.fresh_ms, now_ms, entry.tail, entry.blob)
+        return cls(now_ms, waiters, *told)
 
     @classmethod
     def standing_in(cls, entry: Entry, now_ms: int, waiters: list[bytes], strict: bytes | None) -> Outcome:
         """Return the outcome that serves an entry kept for errors."""
         first, rest = (entry.reply("l2", now_ms, collapsed=late, degraded=True) for late in (False, True))
         return cls(now_ms, waiters, first, rest, strict, entry)
+
+
+def _payloads(
+    stored: bytes, created_ms: int, fresh_ms: int, now_ms: int, tail: bytes, blob: bytes | None
+) -> tuple[bytes, bytes]:
+    """Return the reply of who began a flight, and of who joined it."""
+    first, rest = (payload("llm", late, stored.decode(), created_ms, fresh_ms, now_ms, tail) for late in (False, True))
+    return framed(first, blob), framed(rest, blob)

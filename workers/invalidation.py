@@ -67,11 +67,6 @@ class InvalidationConsumer(Consumer):
         self._prune_at = self._next_pruning()
 
     @property
-    def lease(self) -> float:
-        """As configured for background workers."""
-        return self.settings.background_lease
-
-    @property
     def streams(self) -> tuple[str, ...]:
         """The partition's log."""
         return (self.keys.invalidations,)

@@ -59,11 +59,6 @@ class PersistenceConsumer(Consumer):
         self._pause = _PAUSE[0]
 
     @property
-    def lease(self) -> float:
-        """As configured for background workers."""
-        return self.settings.background_lease
-
-    @property
     def streams(self) -> tuple[str, ...]:
         """What landed, then what was touched."""
         return (self.keys.landed, self.keys.touches)

@@ -194,11 +194,6 @@ class PromotionConsumer(Consumer):
         self._promoter = Promoter(self.link, partition_keys, crew.settings.all_profiles)
 
     @property
-    def lease(self) -> float:
-        """As configured for background workers."""
-        return self.settings.background_lease
-
-    @property
     def streams(self) -> tuple[str, ...]:
         """The partition's touches."""
         return (self.keys.touches,)

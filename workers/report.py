@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
 import asyncpg
 import orjson
@@ -169,31 +169,15 @@ def _ordered(by: str, lines: list[Line]) -> list[Line]:
 def _line(row: asyncpg.Record) -> Line:
     tiers = {tier: n for tier, n in zip(TIERS, row["tiers"], strict=False) if n}  # none served: an empty array
     coalesced, computed = (tiers.get(tier, 0) for tier in COMPUTED)
-    return Line(
-        name=row["name"],
-        requests=row["requests"],
-        tiers=tiers,
-        hits=row["requests"] - coalesced - computed,
-        coalesced=coalesced,
-        computed=computed,
-        calls=row["calls"],
-        failed_calls=row["failed_calls"],
-        background_calls=row["background_calls"],
-        unpriced_calls=row["unpriced_calls"],
-        simulated_calls=row["simulated_calls"],
-        spent_prompt_tokens=row["spent_prompt_tokens"],
-        spent_completion_tokens=row["spent_completion_tokens"],
-        spent=row["spent"],
-        overhead=row["overhead"],
-        saved_prompt_tokens=row["saved_prompt_tokens"],
-        saved_completion_tokens=row["saved_completion_tokens"],
-        saved=row["saved"],
-        saved_coalesced=row["saved_coalesced"],
-        saved_seconds=row["saved_ms"] / 1000,
-        p50_ms=percentile(row["histogram"] or (), BOUNDS, 0.50),
-        p95_ms=percentile(row["histogram"] or (), BOUNDS, 0.95),
-        squares=row["squares"],
-    )
+    hits = row["requests"] - coalesced - computed
+    return Line(**_figures(row) | {"tiers": tiers, "hits": hits, "coalesced": coalesced, "computed": computed})
+
+
+def _figures(row: asyncpg.Record) -> dict[str, Any]:
+    """Return a row's columns, its histogram as percentiles."""
+    figures = dict(row)
+    histogram = figures.pop("histogram") or ()
+    return figures | {f"p{q}_ms": percentile(histogram, BOUNDS, q / 100) for q in (50, 95)}
 
 
 def _ratios(row: asyncpg.Record) -> tuple[Ratio, Ratio]:
@@ -205,29 +189,12 @@ def _ratios(row: asyncpg.Record) -> tuple[Ratio, Ratio]:
 
 
 def _tier(row: asyncpg.Record, requests: int) -> Tier:
-    return Tier(
-        tier=row["tier"],
-        requests=row["requests"],
-        share=row["requests"] / requests if requests else 0.0,
-        p50_ms=percentile(row["histogram"] or (), BOUNDS, 0.50),
-        p95_ms=percentile(row["histogram"] or (), BOUNDS, 0.95),
-        saved_prompt_tokens=row["saved_prompt_tokens"] or 0,
-        saved_completion_tokens=row["saved_completion_tokens"] or 0,
-        saved=row["saved"] or 0.0,
-    )
+    return Tier(**_figures(row), share=row["requests"] / requests if requests else 0.0)
 
 
 def _top_key(row: asyncpg.Record) -> TopKey:
-    return TopKey(
-        key=row["key"],
-        hits=row["hits"],
-        profile=row["profile"],
-        tenant=row["tenant"],
-        model=row["model"],
-        saved=row["saved"],
-        simulated=row["simulated"],
-        prompt=None if row["prompt"] is None else asked(orjson.loads(row["prompt"])),
-    )
+    prompt = None if row["prompt"] is None else asked(orjson.loads(row["prompt"]))
+    return TopKey(**dict(row) | {"prompt": prompt})
 
 
 def asked(body: Any) -> str | None:
@@ -247,6 +214,3 @@ def asked(body: Any) -> str | None:
     plain = "".join(letter if letter.isprintable() else " " for letter in text[: 8 * _PROMPT])
     line = " ".join(plain.split())
     return line if len(line) <= _PROMPT else line[: _PROMPT - 1] + "…"
-
-
-BYS: tuple[By, ...] = get_args(By)

@@ -17,8 +17,8 @@ from shared.errors import InvalidRequest, Unavailable
 from shared.rounding import rounded
 from shared.settings import Settings, load
 from workers import report_charts, report_html, report_table
-from workers.report import BYS, Report, Window, collect
-from workers.report_sql import By
+from workers.report import Report, Window, collect
+from workers.report_sql import BYS, By
 
 #: What the page shows beside a chart by the hour or day, whatever else is asked for.
 _ON_THE_PAGE: tuple[By, ...] = ("profile", "tenant", "model", "experiment")

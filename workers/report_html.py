@@ -16,6 +16,11 @@ from workers.report import Report
 from workers.report_table import notes
 
 _GROUPS = ("model", "profile", "tenant")
+#: What the template calls as a filter.
+_WORDS = (
+    words.dollars, words.share, words.duration, words.tokens, words.factor, words.points, words.dearer,
+    words.per_thousand,
+)  # fmt: skip
 
 
 def render(report: Report, now: datetime | None = None) -> str:
@@ -27,16 +32,7 @@ def render(report: Report, now: datetime | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "dollars": words.dollars,
-        "share": words.share,
-        "duration": words.duration,
-        "tokens": words.tokens,
-        "factor": words.factor,
-        "points": words.points,
-        "dearer": words.dearer,
-        "per_thousand": words.per_thousand,
-    }
+    environment.filters |= {word.__name__: word for word in _WORDS}
     return environment.get_template("report.html.j2").render(_page(report), now=now or datetime.now(UTC))
 
 

@@ -5,12 +5,13 @@ Parameters: $1 since, $2 before, then as each function says.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from shared.settings import SIMULATED
 from shared.touches import BOUNDS, TIERS
 
 By = Literal["day", "hour", "tier", "profile", "tenant", "model", "experiment"]
+BYS: tuple[By, ...] = get_args(By)
 
 #: A request that joined a computation, and one that began it.
 COMPUTED = ("collapsed", "llm")
@@ -80,7 +81,7 @@ WITH served AS (
     coalesce(saved_prompt_tokens, 0)::bigint AS saved_prompt_tokens,
     coalesce(saved_completion_tokens, 0)::bigint AS saved_completion_tokens,
     coalesce(saved, 0) AS saved, coalesce(saved_coalesced, 0) AS saved_coalesced,
-    coalesce(saved_ms, 0)::bigint AS saved_ms
+    coalesce(saved_ms, 0)::float8 / 1000 AS saved_seconds
   FROM served FULL JOIN paid USING (name)
 )
 SELECT * FROM joined ORDER BY {order} LIMIT $4::bigint"""  # noqa: S608 only names from the table above
@@ -88,9 +89,9 @@ SELECT * FROM joined ORDER BY {order} LIMIT $4::bigint"""  # noqa: S608 only nam
 
 TIERS_QUERY = f"""
 SELECT tier, sum(hits)::bigint AS requests, {_HISTOGRAM} AS histogram,
-  (sum(prompt_tokens) FILTER (WHERE tier <> 'llm'))::bigint AS saved_prompt_tokens,
-  (sum(completion_tokens) FILTER (WHERE tier <> 'llm'))::bigint AS saved_completion_tokens,
-  sum(cost) FILTER (WHERE tier <> 'llm') AS saved
+  coalesce(sum(prompt_tokens) FILTER (WHERE tier <> 'llm'), 0)::bigint AS saved_prompt_tokens,
+  coalesce(sum(completion_tokens) FILTER (WHERE tier <> 'llm'), 0)::bigint AS saved_completion_tokens,
+  coalesce(sum(cost) FILTER (WHERE tier <> 'llm'), 0) AS saved
 FROM hits WHERE hour >= $1 AND hour < $2 GROUP BY tier"""  # noqa: S608
 
 #: Per variant, sums over the hours in which it was asked for, for intervals.

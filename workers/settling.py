@@ -73,13 +73,7 @@ class Settling:
             cost=spent,
             value=completion.value,
         )
-        call = self._call(fill, progress) | {
-            "provider": answered.provider,
-            "model": answered.model,
-            "tokens": tokens,
-            "cost": spent,
-            "duration_ms": compute_ms,
-        }
+        call = self._call(fill, progress, answered.provider, answered.model, compute_ms, tokens, spent)
         k, (stream, flight, waiters, outcome) = self._keys, self._flight_names(fill)
         names = [
             stream, k.entry(fill.key), flight, waiters, outcome, k.tags, k.landed, k.invalidations, k.failed(fill.key)
@@ -88,7 +82,7 @@ class Settling:
         args: list[Arg] = [
             fill.id, fill.key, fill.token, fill.epoch, fill.tags, fill.ttl_ms,
             gate, _OUTCOME_MS, meta, packed, self._settings.invalidation_limit,
-            fill.stale_ms, fill.error_ms, max(probation_ms, 1), orjson.dumps(call),
+            fill.stale_ms, fill.error_ms, max(probation_ms, 1), call,
             fill.body if self._settings.store_prompts else b"", self._settings.landed_limit,
         ]  # fmt: skip
         reply = await self._write(SCRIPTS["land"], names, args)
@@ -107,23 +101,17 @@ class Settling:
         Raises:
             Unreadable: it has an outcome already, of a version that this one cannot read.
         """
-        call: dict[str, Any] | None = None
+        call = b""
         if progress is not None and progress.attempts:
             last = progress.attempts[-1]
             took = sum(one["duration_ms"] for one in progress.attempts)
-            call = self._call(fill, progress) | {
-                "provider": last["provider"],
-                "model": last["model"],
-                "tokens": (0, 0),
-                "cost": None,
-                "duration_ms": took,
-            }
+            call = self._call(fill, progress, last["provider"], last["model"], took)
         k = self._keys
         names = [*self._flight_names(fill), k.entry(fill.key), k.tags, k.failed(fill.key), k.landed]
         args: list[Arg] = [
             fill.id, fill.token, orjson.dumps(error.to_wire()), _OUTCOME_MS, fill.key,
             fill.negative_ms if is_passing(error) else 0, error.code,
-            orjson.dumps(call) if call else b"", self._settings.landed_limit,
+            call, self._settings.landed_limit,
         ]  # fmt: skip
         await self._bring_back(fill)
         reply = await self._write(SCRIPTS["fail"], names, args)
@@ -187,14 +175,26 @@ class Settling:
         k, key, token = self._keys, fill.key, fill.token
         return fill.stream, k.flight(key), k.waiters(key, token), k.outcome(key, token)
 
-    def _call(self, fill: Fill, progress: Progress) -> dict[str, Any]:
-        """What is told of a flight to the durable tier; its attempts only if there was more than one."""
+    def _call(
+        self,
+        fill: Fill,
+        progress: Progress,
+        provider: str,
+        model: str,
+        duration_ms: int,
+        tokens: tuple[int, int] = (0, 0),
+        cost: float | None = None,
+    ) -> bytes:
+        """Return what is told of a flight to the durable tier (JSON); its attempts only if there was more than one."""
         kind = "refresh" if fill.stream == self._keys.refreshes else "fill"
-        attempts: dict[str, Any] = {"attempts": progress.attempts} if len(progress.attempts) > 1 else {}
+        told = fill.about | {"endpoint": fill.endpoint, "kind": kind}
+        if len(progress.attempts) > 1:
+            told["attempts"] = progress.attempts
         # Who tells of an answer, or of the last error, is who was asked last.
         if progress.attempts[-1:] and progress.attempts[-1].get("simulated"):
-            attempts["simulated"] = True
-        return fill.about | {"endpoint": fill.endpoint, "kind": kind} | attempts
+            told["simulated"] = True
+        told |= {"provider": provider, "model": model, "tokens": tokens, "cost": cost, "duration_ms": duration_ms}
+        return orjson.dumps(told)
 
     async def _write(self, script: Script, names: list[str] | tuple[str, ...], args: list[Arg]) -> list[Any]:
         command = script.call(names, [self._consumer.group, self._consumer.name, *args])
