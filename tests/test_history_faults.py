@@ -107,7 +107,7 @@ HOLES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "L1 deaf to the log": _deaf,
     "L3 comes back past its markers": _script("rehydrate", "or invalidated(KEYS[1], key, entry.labels, entry.epoch)"),
     "a flight lands past its markers": _script(
-        "land", "pruned(KEYS[6], epoch) or invalidated(KEYS[6], key, labels, epoch)", "false"
+        "land", "pruned(tags_key, epoch) or invalidated(tags_key, key, labels, epoch)", "false"
     ),
     "markers are pruned before L3 is clean": _prune_leaves_l3,
 }

@@ -192,10 +192,10 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     "land without epochs": (
         "overtaken",
         "land",
-        "elseif pruned(KEYS[6], epoch) or invalidated(KEYS[6], key, labels, epoch) then",
-        "elseif false then",
+        "if pruned(tags_key, epoch) or invalidated(tags_key, key, labels, epoch) then return 'invalidated' end",
+        "",
     ),
-    "land without the token": ("modes_bypass_default", "land", "if not current then", "if false then"),
+    "land without the token": ("modes_bypass_default", "land", "if current then\n  reason", "if true then\n  reason"),
     "land with the leader's tags only": (
         "two_askers_y",
         "land",
@@ -205,8 +205,8 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     "land without the directives": (
         "modes_no-store_no-store",
         "land",
-        "elseif flight[4] ~= '1' then",
-        "elseif false then",
+        "if store ~= '1' then",
+        "if false then",
     ),
     "land that leaves the flight": (
         "two_askers_x",

@@ -120,7 +120,7 @@ HOLES: dict[str, tuple[Scenario, str, str, str] | tuple[Scenario]] = {
         "return not pruned(tags_key, entry.epoch) and not invalidated(tags_key, key, foreign, entry.epoch)",
         "return not invalidated(tags_key, key, foreign, entry.epoch)",
     ),
-    "land without the horizon": (late_landing, "land", "elseif pruned(KEYS[6], epoch) or", "elseif"),
+    "land without the horizon": (late_landing, "land", "if pruned(tags_key, epoch) or", "if"),
     "join aboard what began before the horizon": (
         late_landing,
         "join",

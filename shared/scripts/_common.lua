@@ -99,8 +99,10 @@ local function fit_for(tags_key, key, asked, entry)
   return not pruned(tags_key, entry.epoch) and not invalidated(tags_key, key, foreign, entry.epoch)
 end
 
--- Compose an entry; `meta` is its JSON.
-local function compose(epoch, created, ttl, stale, err, labels, meta, body)
+-- Compose an entry; `meta` is its JSON. It was created later than the one whose place it takes (`other`; nil: none), were it
+-- stored in the same millisecond or before the clock was set back: PostgreSQL tells the newer of one epoch by that.
+local function compose(epoch, now, other, ttl, stale, err, labels, meta, body)
+  local created = other and math.max(now, other.created + 1) or now
   return string.format('mp2 %s %d %d %d %d %d\n', epoch, created, ttl, stale, err, #labels)
     .. table.concat(labels, '\n') .. (#labels > 0 and '\n' or '') .. meta .. '\n' .. body
 end
@@ -108,12 +110,6 @@ end
 local function now_ms()
   local time = redis.call('TIME')
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-end
-
--- The moment an entry that takes the place of `other` (nil: none) was created: later than that one, were it stored in the same
--- millisecond or before the clock was set back. PostgreSQL tells the newer of one epoch by it.
-local function created_after(now, other)
-  return other and math.max(now, other.created + 1) or now
 end
 
 -- The error JSON that a failed key still answers with; nil once its time is up. 'UNTIL_MS FAILURES\n' error-JSON
@@ -135,6 +131,13 @@ local function spare(entry_key, tags_key, key, flight_key, token)
   if flight[1] ~= token or flight[3] == 'many-tags' then return nil end
   if invalidated(tags_key, key, entry.labels, entry.epoch) then return nil end
   return fit_for(tags_key, key, lines(flight[2]), entry) and text or nil
+end
+
+-- Why what was computed since `epoch` may not take the place of `entry` (nil: none); nil if it may. `store` is its flight's.
+local function unstorable(tags_key, key, labels, epoch, store, entry)
+  if store ~= '1' then return store == '0' and 'no-store' or store end
+  if pruned(tags_key, epoch) or invalidated(tags_key, key, labels, epoch) then return 'invalidated' end
+  return entry and newer(entry.epoch, epoch) and 'superseded' or nil
 end
 
 -- Tell whoever holds the replaced answer of `key` in L1: they follow this log and drop it; it may have left L2 before. No

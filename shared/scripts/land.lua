@@ -26,26 +26,14 @@ local labels = lines(current and flight[2] or ARGV[7])
 local present = current and redis.call('GET', KEYS[2])
 local entry = present and head(present)
 local now = now_ms()
-local created = created_after(now, entry)
 local ttl, stale, err = tonumber(current and flight[3] or ARGV[8]), tonumber(ARGV[14]), tonumber(ARGV[15])
-local text = compose(epoch, created, ttl, stale, err, labels, ARGV[11], ARGV[12])
+local text = compose(epoch, now, entry, ttl, stale, err, labels, ARGV[11], ARGV[12])
 
-local reason = 'stored'
-if not current then
-  reason = 'overtaken'
-elseif ARGV[9] ~= '' then
-  reason = ARGV[9]
-elseif flight[4] ~= '1' then
-  reason = flight[4] == '0' and 'no-store' or flight[4]
-elseif pruned(KEYS[6], epoch) or invalidated(KEYS[6], key, labels, epoch) then
-  reason = 'invalidated'
-else
-  if entry and newer(entry.epoch, epoch) then
-    reason = 'superseded'
-  elseif entry or flight[5] or stale > 0 then
-    tell_replaced(KEYS[8], ARGV[13], key)
-  end
+local reason = 'overtaken'
+if current then
+  reason = ARGV[9] ~= '' and ARGV[9] or unstorable(KEYS[6], key, labels, epoch, flight[4], entry) or 'stored'
 end
+if reason == 'stored' and (entry or flight[5] or stale > 0) then tell_replaced(KEYS[8], ARGV[13], key) end
 -- Every call is told to the durable tier, a stored answer with it. Only what is on its way there may leave Redis early, and
 -- not while what landed half a probation ago is still on its way.
 local probation, first = tonumber(ARGV[16]), redis.call('XRANGE', KEYS[7], '-', '+', 'COUNT', 1)[1]

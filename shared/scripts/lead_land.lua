@@ -25,22 +25,10 @@ local labels = lines(flight[2] or ARGV[13])
 local ttl, stale, err = tonumber(flight[3] or ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local present = current and redis.call('GET', KEYS[1])
 local entry = present and head(present)
-local created, reason = created_after(now, entry), 'stored'
-if not current then
-  reason = 'overtaken'
-elseif flight[4] and flight[4] ~= '1' then
-  reason = flight[4] == '0' and 'no-store' or flight[4]
-elseif pruned(KEYS[5], epoch) or invalidated(KEYS[5], key, labels, epoch) then
-  reason = 'invalidated'
-else
-  if entry and newer(entry.epoch, epoch) then
-    reason = 'superseded'
-  elseif entry or flight[5] or stale > 0 then
-    tell_replaced(KEYS[7], ARGV[10], key)
-  end
-end
+local reason = current and (unstorable(KEYS[5], key, labels, epoch, flight[4], entry) or 'stored') or 'overtaken'
 if reason == 'stored' then
-  local text = compose(epoch, created, ttl, stale, err, labels, ARGV[8], ARGV[9])
+  if entry or flight[5] or stale > 0 then tell_replaced(KEYS[7], ARGV[10], key) end
+  local text = compose(epoch, now, entry, ttl, stale, err, labels, ARGV[8], ARGV[9])
   keep_value(KEYS[1], KEYS[6], ARGV[11], key, text, ttl + stale + err, ARGV[7])
 end
 if current then redis.call('DEL', KEYS[2]) end

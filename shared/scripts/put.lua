@@ -10,12 +10,12 @@ local last = redis.call('HGET', KEYS[2], '#last') or '0-0'
 local epoch = ARGV[2]
 -- No entry claims to know of more than there was to be known: what is newer is no invalidation.
 if epoch == '' or newer(epoch, last) then epoch = last end
-if pruned(KEYS[2], epoch) or invalidated(KEYS[2], key, labels, epoch) then return 'invalidated' end
 local present = redis.call('GET', KEYS[1])
 local entry = present and head(present)
-if entry and newer(entry.epoch, epoch) then return 'superseded' end
+local why = unstorable(KEYS[2], key, labels, epoch, '1', entry)
+if why then return why end
 tell_replaced(KEYS[4], ARGV[10], key)
 local ttl, stale, err = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local text = compose(epoch, created_after(now_ms(), entry), ttl, stale, err, labels, ARGV[8], ARGV[9])
+local text = compose(epoch, now_ms(), entry, ttl, stale, err, labels, ARGV[8], ARGV[9])
 keep_value(KEYS[1], KEYS[3], ARGV[11], key, text, ttl + stale + err, ARGV[7])
 return 'stored'
