@@ -31,17 +31,14 @@ async def with_retries(
     provider: str,
     total_timeout: float | None = None,
     admit: Callable[[], Awaitable[object]] | None = None,
-    on_attempt: Callable[[int], object] | None = None,
-    on_error: Callable[[ProviderError], object] | None = None,
     chance: random.Random | None = None,
 ) -> T:
     """Run `attempt` until it succeeds, fails for good, or attempts or time are used up.
 
     `attempt` is given the seconds it may take and is cancelled after them. Before each one `admit` is awaited (the
-    pool's rate limit), outside the attempt's own time-out. `on_attempt` is told each attempt's number, from 1, as it
-    begins; `on_error` each attempt's error. Retry-After is honoured, plus up to `backoff_initial` seconds of jitter
-    drawn from `chance`, so that a pool does not come back as one; a wait that does not fit into the time left is not
-    begun. `total_timeout` (seconds) defaults to the setting.
+    pool's rate limit), outside the attempt's own time-out. Retry-After is honoured, plus up to `backoff_initial`
+    seconds of jitter drawn from `chance`, so that a pool does not come back as one; a wait that does not fit into the
+    time left is not begun. `total_timeout` (seconds) defaults to the setting.
 
     Raises:
         ProviderError: the last attempt's error, when no further attempt may be made.
@@ -80,14 +77,10 @@ async def with_retries(
                         await admit()
                         admitting = False
                     started += 1
-                    if on_attempt is not None:
-                        on_attempt(started)
                     seconds = min(settings.attempt_timeout, deadline - loop.time())
                     try:
                         return await within(seconds, attempt, provider)
                     except ProviderError as error:
-                        if on_error is not None:
-                            on_error(error)
                         if error.retryable:
                             log.warning("%s, attempt %d of %d: %s", provider, started, settings.attempts, error)
                         if isinstance(error, ProviderTimeout) and deadline - loop.time() < _TOO_LITTLE:
