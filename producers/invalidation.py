@@ -65,13 +65,13 @@ class Order:
 
 def labels_of(
     *,
-    tags: Sequence[str] = (),
-    key: str | None = None,
-    profile: str | None = None,
-    tenant: str | None = None,
-    model: str | None = None,
-    prefix: str | None = None,
-    everything: bool = False,
+    tags: Sequence[str],
+    key: str | None,
+    profile: str | None,
+    tenant: str | None,
+    model: str | None,
+    prefix: str | None,
+    everything: bool,
 ) -> tuple[str, ...]:
     """Return the labels that name all this in the log.
 

@@ -105,7 +105,7 @@ def payload(
     )
 
 
-def tail_of(key: str, model: str, body: bytes, *, provider: str | None = None, epoch: str = "0-0") -> bytes:
+def tail_of(key: str, model: str, body: bytes, *, provider: str | None, epoch: str) -> bytes:
     """Return the constant end of every reply that serves `body`."""
     return b'"key":"%b","model":%b,"provider":%b,"epoch":"%b","body":%b}' % (
         key.encode(),

@@ -35,7 +35,7 @@ def test_what_was_packed_is_unpacked(body: bytes, tags: list[str], model: str, a
     assert (entry.key, entry.epoch, entry.created_ms) == (KEY, "7-1", 1000)
     assert (entry.fresh_ms, entry.expires_ms, entry.gone_ms) == (61000, 61030, 61037)
     assert entry.tags == tuple(tags)
-    assert entry.tail == tail_of(KEY, model, body, epoch="7-1")
+    assert entry.tail == tail_of(KEY, model, body, provider=None, epoch="7-1")
 
 
 @given(st.binary(max_size=300))

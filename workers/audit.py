@@ -58,9 +58,9 @@ async def write(pool: Pool, partition: int, owed: Sequence[Owed]) -> dict[str, t
         partition,
         [e.id for e in entries],
         [epoch_of(e.id)[0] for e in entries],
-        [_plain(e.by) for e in entries],
-        [_plain(e.reason) for e in entries],
-        [_plain("\n".join(e.labels)) for e in entries],
+        [e.by for e in entries],
+        [e.reason for e in entries],
+        ["\n".join(e.labels) for e in entries],
         [e.inquiry for e in entries],
         [one.l2 for one in owed],
         [one.l3 for one in owed],
@@ -68,11 +68,6 @@ async def write(pool: Pool, partition: int, owed: Sequence[Owed]) -> dict[str, t
     for one in owed:
         one.audited()
     return {row["id"]: (row["l2"], row["l3"]) for row in rows}
-
-
-def _plain(text: str) -> str:
-    """Return a text as PostgreSQL can hold it: whoever writes to the log by hand may name anything."""
-    return text.replace("\0", "\ufffd")
 
 
 async def remembered(pool: Pool, partition: int) -> list[tuple[str, Epoch]]:

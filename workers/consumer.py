@@ -102,6 +102,7 @@ class Consumer(ABC):
         self._next_reclaim = 0.0
         self._next_dismissal = 0.0
         self._cut = False
+        self._heart: asyncio.Task[None] | None = None
 
     # what a subclass is
 
@@ -150,15 +151,17 @@ class Consumer(ABC):
         """Create what must exist before the first read; runs again after every loss of connection or state."""
         for stream in self.streams:
             await self.ensure_group(stream)
+        if self._heart is None:
+            self._heart = asyncio.create_task(self.renew_leases())
+
+    async def renew_leases(self) -> None:
+        """Renew the leases of what is in hand, from the first `prepare` until everything was handed back."""
 
     def state_lost(self) -> None:
         """Forget what was only true of the state that vanished."""
 
     async def drain(self) -> None:
         """Finish what can be finished before the rest is handed back."""
-
-    def leave(self) -> None:
-        """End what `prepare` began, after everything was handed back."""
 
     # the loop
 
@@ -224,7 +227,8 @@ class Consumer(ABC):
                     )
         except (*LINK_ERRORS, ResponseError, StateLost) as error:
             log.warning("%s: could not hand back (%r); the lease will", self.name, error)
-        self.leave()
+        if self._heart is not None:
+            self._heart.cancel()
         await self.reading.close()
         await self.link.close()
 

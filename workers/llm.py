@@ -72,7 +72,6 @@ class LLMConsumer(Consumer):
         self._clearing: set[asyncio.Task[None]] = set()
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
-        self._heart: asyncio.Task[None] | None = None
         self._refreshes_wait = False
 
     @property
@@ -103,12 +102,6 @@ class LLMConsumer(Consumer):
     def room_for(self, stream: str) -> int:
         """Free slots; what a dead worker left of refreshes must not keep fills waiting either."""
         return self._share_of_refreshes() if stream == self.keys.refreshes else self.room()
-
-    async def prepare(self) -> None:
-        """Create the groups and keep the heart beating."""
-        await super().prepare()
-        if self._heart is None:
-            self._heart = asyncio.create_task(self._renew_leases())
 
     async def turn(self) -> None:
         """Take what there are slots for."""
@@ -178,14 +171,10 @@ class LLMConsumer(Consumer):
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.link.send(self._touches.report(now=True))
 
-    def leave(self) -> None:
-        """Let the heart stand still."""
-        if self._heart is not None:
-            self._heart.cancel()
-
     # leases
 
-    async def _renew_leases(self) -> None:
+    async def renew_leases(self) -> None:
+        """Several times per lease; those that are lost are cancelled."""
         while True:
             # Soon after it began, too: a flight outlives its first waiters' deadlines only once it is renewed.
             await asyncio.sleep(min(self.lease / 5, 1.0))

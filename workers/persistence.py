@@ -54,24 +54,17 @@ class PersistenceConsumer(Consumer):
         self._asked_to_stop = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
         self._held: dict[str, list[bytes]] = {}
-        self._heart: asyncio.Task[None] | None = None
         self._count = _BATCH
         self._pause = _PAUSE[0]
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """What landed, then what was touched."""
+        """What landed, then what was touched; that their groups exist makes everyone else write to them."""
         return (self.keys.landed, self.keys.touches)
 
     def room(self) -> int:
         """None while PostgreSQL is away: a delivery counts, and it is not the message's fault."""
         return 0 if self.database.away else super().room()
-
-    async def prepare(self) -> None:
-        """Create the groups, which makes everyone else write to the streams, and keep the heart beating."""
-        await super().prepare()
-        if self._heart is None:
-            self._heart = asyncio.create_task(self._renew_leases())
 
     async def stop(self) -> None:
         """As any consumer; a transaction under way has `drain_timeout` seconds left."""
@@ -79,11 +72,6 @@ class PersistenceConsumer(Consumer):
         if self._limit is not None:
             self._limit.reschedule(asyncio.get_running_loop().time() + self.settings.drain_timeout)
         await super().stop()
-
-    def leave(self) -> None:
-        """Let the heart stand still."""
-        if self._heart is not None:
-            self._heart.cancel()
 
     async def turn(self) -> None:
         """Read a batch of each stream and write it; while PostgreSQL is away, look for it instead."""
@@ -212,7 +200,8 @@ class PersistenceConsumer(Consumer):
             async with asyncio.timeout(seconds):
                 await self._asked_to_stop.wait()
 
-    async def _renew_leases(self) -> None:
+    async def renew_leases(self) -> None:
+        """Several times per lease, while PostgreSQL is away too."""
         while True:
             await asyncio.sleep(self.lease / 5)
             commands = [

@@ -37,7 +37,6 @@ from workers.sweep import Epoch, Tally, epoch_of, markers, sweep_l2, sweep_l3
 
 log = logging.getLogger("millpond.worker")
 
-OLDER_THAN = 3600.0
 _PATIENCE = 30.0
 _PER_SCRIPT = 200
 
@@ -71,7 +70,7 @@ async def prune(
     pool: Pool | None,
     partition_keys: PartitionKeys,
     *,
-    older_than: float = OLDER_THAN,
+    older_than: float,
     patience: float = _PATIENCE,
 ) -> Pruned:
     """Remove one partition's markers older than `older_than` seconds; wait up to `patience` for persistence.

@@ -57,7 +57,7 @@ class LogEntry:
         """Read one; whatever cannot be read names nothing."""
         inquiry = b"tags" not in fields
         names = (b"count" if inquiry else b"tags", b"by", b"reason")
-        # PostgreSQL knows no text with a zero byte; nor is there a label with one.
+        # PostgreSQL knows no text with a zero byte; nor is there a label with one, save where somebody wrote by hand.
         labels, by, reason = (fields.get(n, b"").decode(errors="replace").replace("\0", "\ufffd") for n in names)
         return cls(entry_id.decode(), tuple(filter(None, labels.split("\n"))), by, reason, inquiry)
 

@@ -108,9 +108,7 @@ def bench(
             raise typer.Exit(OTHER)
 
 
-def measure(
-    names: tuple[str, ...], url: str | None, options: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
+def measure(names: tuple[str, ...], url: str | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Run these benchmarks, each on a fresh stage (on the server at `url`, else on throwaway ones); return the report.
 
     `options` are further arguments of a benchmark's own `run`, by its name. Call it in the main thread.
@@ -120,7 +118,7 @@ def measure(
         for number, name in enumerate(names):
             busy = machine.busy()
             with surroundings(url) as stage:
-                results[name] = run_fast(_one(name, stage, _within(show, number), (options or {}).get(name, {}))) | {
+                results[name] = run_fast(_one(name, stage, _within(show, number), options.get(name, {}))) | {
                     "cpu_busy_before": busy
                 }
     return {

@@ -16,7 +16,7 @@ from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import RedisError
 
 from shared import keys
-from shared.errors import RateLimited, Unavailable
+from shared.errors import Unavailable
 from shared.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,25 +67,17 @@ class RateLimits:
         """Whether any limit is configured."""
         return self._requests is not None or self.tokens is not None
 
-    async def acquire(self, tokens: int, *, timeout: float | None = None) -> None:
+    async def acquire(self, tokens: int) -> None:
         """Return once one call of about `tokens` tokens may be made; at once when no limit is configured.
 
         Raises:
-            RateLimited: not within `timeout` seconds (None: wait as long as it takes).
             Unavailable: Redis could not be reached.
         """
         if not self.active:
             return
         try:
-            async with asyncio.timeout(timeout) as scope, self._turn:
+            async with self._turn:
                 await self._pass_all(tokens)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise RateLimited(
-                f"the pool's own rate limit admitted no call within {timeout:.3g} s; raise "
-                "MILLPOND_REQUESTS_PER_MINUTE or MILLPOND_TOKENS_PER_MINUTE, or ask less"
-            ) from None
         except (RedisError, OSError) as error:
             raise Unavailable(
                 f"the rate limits could not be read from Redis: {error}; check that it runs (`millpond doctor`)"
