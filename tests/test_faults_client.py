@@ -66,6 +66,7 @@ async def test_a_cut_around_any_step_of_a_miss_leaves_one_answer_and_one_call(
         again = await client.ask(PROMPT)
         await pond.settled()
     assert (first.tier, again.tier) in {("llm", "l1"), ("llm", "l2"), ("l2", "l1")}
+    assert first.stored, "what is said twice is said the same"
     assert pond.calls() == 1
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +71,26 @@ def go_on(options: dict[str, Any]) -> None:
     Path(options["goes_on"]).touch()
 
 
+@asynccontextmanager
+async def leading(pond: Pond, options: dict[str, Any], **settings: Any) -> AsyncIterator[Application]:
+    """Run an application in a process of its own, and wait until it computes."""
+    with Application(environment(pond) | settings, options) as leader:
+        await asyncio.to_thread(leader.wait_for, "computing")
+        yield leader
+
+
 async def test_a_killed_leader_is_replaced_after_its_lease(
     pond: Pond, partitions: int, journal: Path, options: dict[str, Any]
 ) -> None:
     mill = Mill()
     mill.go.set()
-    async with pond.working("lookup"), pond.client() as client:
-        with Application(environment(pond), options) as leader:
-            await asyncio.to_thread(leader.wait_for, "computing")
-            waiting = [asking(client, mill) for _ in range(3)]
-            await until(lambda: aboard(pond) == 3, "the others wait")
-            assert mill.runs == 0
-            leader.sigkill()
-            async with asyncio.timeout(15 * LEASE):
-                assert await asyncio.gather(*waiting) == ["flour"] * 3
+    async with pond.working("lookup"), pond.client() as client, leading(pond, options) as leader:
+        waiting = [asking(client, mill) for _ in range(3)]
+        await until(lambda: aboard(pond) == 3, "the others wait")
+        assert mill.runs == 0
+        leader.sigkill()
+        async with asyncio.timeout(15 * LEASE):
+            assert await asyncio.gather(*waiting) == ["flour"] * 3
     assert (mill.runs, computed(journal)) == (1, 1)
 
 
@@ -92,15 +100,13 @@ async def test_a_leader_killed_when_it_had_the_value_costs_at_most_one_more_run(
 ) -> None:
     mill = Mill()
     mill.go.set()
-    async with pond.working("lookup"), pond.client() as client:
-        with Application(environment(pond) | {"fault": f"kill@{point}"}, options) as leader:
-            await asyncio.to_thread(leader.wait_for, "computing")
-            waiting = [asking(client, mill) for _ in range(3)]
-            await until(lambda: aboard(pond) == 3, "the others wait")
-            go_on(options)
-            async with asyncio.timeout(15 * LEASE):
-                values = await asyncio.gather(*waiting)
-            assert leader.wait() == -9
+    async with pond.working("lookup"), pond.client() as client, leading(pond, options, fault=f"kill@{point}") as leader:
+        waiting = [asking(client, mill) for _ in range(3)]
+        await until(lambda: aboard(pond) == 3, "the others wait")
+        go_on(options)
+        async with asyncio.timeout(15 * LEASE):
+            values = await asyncio.gather(*waiting)
+        assert leader.wait() == -9
     landed = point == "lead_after_land"
     assert values == [{"pid": leader.pid} if landed else "flour"] * 3
     assert mill.runs == (0 if landed else 1)
@@ -112,8 +118,7 @@ async def test_a_leader_frozen_past_its_lease_writes_nothing_when_it_thaws(
     mill = Mill()
     mill.go.set()
     async with pond.working("lookup"), pond.client() as client:
-        with Application(environment(pond), options) as leader:
-            await asyncio.to_thread(leader.wait_for, "computing")
+        async with leading(pond, options) as leader:
             leader.sigstop()
             async with asyncio.timeout(15 * LEASE):
                 assert await asking(client, mill) == "flour"
@@ -185,11 +190,13 @@ async def test_who_has_no_function_outlives_an_application_that_computes_for_it(
     (tmp_path / "grinding2.py").write_text("def grind(body): return 'flour'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     pond.options["profiles"] = {"mill": {"resolver": "grinding2:grind"}}
-    async with pond.working("lookup", "llm"), pond.client() as client:
-        with Application(environment(pond), options | {"profile": "mill"}) as leader:
-            await asyncio.to_thread(leader.wait_for, "computing")
-            waiting = asyncio.create_task(client.get_or_compute("mill", ARGS, timeout=20))
-            await until(lambda: aboard(pond) == 1, "it waits for the application")
-            leader.sigkill()
-            async with asyncio.timeout(15 * LEASE):
-                assert await waiting == "flour"
+    async with (
+        pond.working("lookup", "llm"),
+        pond.client() as client,
+        leading(pond, options | {"profile": "mill"}) as leader,
+    ):
+        waiting = asyncio.create_task(client.get_or_compute("mill", ARGS, timeout=20))
+        await until(lambda: aboard(pond) == 1, "it waits for the application")
+        leader.sigkill()
+        async with asyncio.timeout(15 * LEASE):
+            assert await waiting == "flour"
