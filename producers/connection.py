@@ -309,9 +309,9 @@ class Connection:
 
     def _encode_directives(self, directives: Mapping[str, Any], *, lead: bool = False) -> bytes:
         wire = self._defaults | {name: value for name, value in directives.items() if value is not None}
-        for name in ("ttl", "max_age"):
+        for name, least in (("ttl", 0.001), ("max_age", 0.0)):
             if name in wire:
-                seconds(wire[name], name, least=0.0)
+                seconds(wire[name], name, least=least)
         if tags := wire.pop("tags", None):
             wire["tags"] = [tags] if isinstance(tags, str) else list(tags)
         if lead:

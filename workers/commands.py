@@ -25,7 +25,7 @@ from workers.kinds import Kind
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line, instead of text.")]
-Concurrency = Annotated[int | None, typer.Option(min=1, help="Provider calls at once per LLM worker.")]
+Concurrency = Annotated[int | None, typer.Option(min=1, max=4096, help="Provider calls at once per LLM worker.")]
 Partition = Annotated[int | None, typer.Option(min=0, help="Only this partition.")]
 
 #: Seconds between the attempts to reach Redis at a worker's start; about ten in all.
@@ -288,5 +288,6 @@ def _open(partition: int | None) -> tuple[Any, range, settings.Settings]:
     if partition is None:
         return connection, range(partitions), chosen
     if partition >= partitions:
-        raise InvalidRequest(f"there are partitions 0 to {partitions - 1}, no {partition}", field="partition")
+        there = f"are 0 to {partitions - 1}" if partitions > 1 else "is only 0"
+        raise InvalidRequest(f"--partition is {partition}; there {there}", field="partition")
     return connection, range(partition, partition + 1), chosen

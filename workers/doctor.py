@@ -18,7 +18,7 @@ import orjson
 import redis
 
 import migrations
-from shared import console, embedded, keys, postgres
+from shared import console, embedded, keys
 from shared.database import resolve_database_url
 from shared.errors import ConfigError, Unavailable
 from shared.providers import make_provider
@@ -93,12 +93,6 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", "postgresql", "switched off (l3 is false): answers live as long as Redis keeps them")
         return
     seen = durable.look(settings)
-    if seen is None and postgres.was_started(settings.data_dir):
-        advice = (
-            "if `millpond up` still runs there, try again in a moment; if not, run it; until then answers wait in Redis"
-        )
-        yield Finding("fail", "postgresql", f"the embedded one on {settings.data_dir} does not answer", advice)
-        return
     if seen is None:
         yield Finding(
             "warn",
@@ -109,6 +103,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
         return
     if seen.error is not None:
         advice = "start that server, or correct MILLPOND_DATABASE_URL; meanwhile answers wait for it in Redis"
+        if settings.database_url is None:
+            advice = "if `millpond up` still runs there, try again in a moment; if not, run it; answers wait in Redis"
         yield Finding("fail", "postgresql", f"{seen.url}: {seen.error}", advice)
         return
     where = "embedded, " if settings.database_url is None else ""

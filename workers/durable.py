@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 import migrations
-from shared import console, settings
+from shared import console, postgres, settings
 from shared.database import CONNECT_TIMEOUT, DATABASE_ERRORS, require_database_url, resolve_database_url
 from shared.settings import Settings
 
@@ -61,7 +61,10 @@ class Durable:
 def look(settings: Settings) -> Durable | None:
     """Return how the durable tier stands now; None when there is none, configured or running."""
     url = resolve_database_url(settings)
-    return asyncio.run(_look(url)) if url is not None else None
+    if url is not None:
+        return asyncio.run(_look(url))
+    silent = settings.l3 and postgres.was_started(settings.data_dir)
+    return Durable(f"the embedded one on {settings.data_dir}", error="it does not answer") if silent else None
 
 
 async def _look(url: str) -> Durable:

@@ -13,6 +13,7 @@ import redis
 
 from shared import keys
 from shared.keys import PartitionKeys
+from shared.rounding import rounded
 from shared.settings import Settings
 
 _TIERS = ("hit.l1", "hit.l2", "collapsed", "miss")
@@ -74,7 +75,7 @@ class Overview:
                 {"partition": at, **lengths, "landed_seconds": round(self.backlog[at], 1)}
                 for at, lengths in enumerate(self.lengths)
             ],
-            "workers": self.workers,
+            "workers": [rounded(worker) for worker in self.workers],
         }
 
 
