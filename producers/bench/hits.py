@@ -7,6 +7,7 @@ A popular answer goes out once for all who ask for it in one batch; `millpond_ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, process_time
@@ -79,12 +80,23 @@ async def run(
         before = len(calls(journal))
         draws = questions.popular(_DRAWS, distinct)
         bodies = [orjson.dumps({"model": "gpt-4o-mini", "messages": cached.questions[draw]}) for draw in draws]
+        evenly = [number * 7919 % distinct for number in range(distinct)]
+
+        async def ask_raw(number: int) -> None:
+            await client.ask_body(bodies[number % _DRAWS])
+
         keys = [cached.keys[draw] for draw in draws]
         async with (
             rivals.fastest_get(stage.url, keys, concurrency) as (pool, get),
             rivals.fastest_echo(stage.url, bodies, concurrency) as (publishing, echo),
         ):
-            contenders = {"get": get, "echo": echo} | _asking(client, cached.questions, draws, bodies)
+            contenders = {
+                "millpond": asking(client, cached.questions, draws),
+                "get": get,
+                "echo": echo,
+                "millpond_raw": ask_raw,
+                "millpond_even": asking(client, cached.questions, evenly),
+            }
             await measure.rate(contenders["millpond"], concurrency, min(seconds, 0.5))
             found: list[dict[str, float]] = []
             cpu: dict[str, list[float]] = {name: [] for name in _CONTENDERS}
@@ -122,22 +134,12 @@ async def run(
     }
 
 
-def _asking(
-    client: Client, asked: list[questions.Messages], draws: list[int], bodies: list[bytes]
-) -> dict[str, measure.Operation]:
-    """Return the ways to ask Millpond: what is popular, the same as bytes, and everything equally often."""
+def asking(client: Client, asked: list[questions.Messages], order: Sequence[int]) -> measure.Operation:
+    """Return the operation that asks these questions in this order, over and over, and reads the answers' texts."""
+    most = len(order)
 
-    def in_turn(order: list[int]) -> measure.Operation:
-        most = len(order)
+    async def ask(number: int) -> None:
+        if not (await client.ask(messages=asked[order[number % most]])).text:
+            raise MillpondError("an answer is empty; this is a bug, please report it")
 
-        async def ask(number: int) -> None:
-            if not (await client.ask(messages=asked[order[number % most]])).text:
-                raise MillpondError("an answer is empty; this is a bug, please report it")
-
-        return ask
-
-    async def ask_raw(number: int) -> None:
-        await client.ask_body(bodies[number % _DRAWS])
-
-    evenly = [number * 7919 % len(asked) for number in range(len(asked))]
-    return {"millpond": in_turn(draws), "millpond_raw": ask_raw, "millpond_even": in_turn(evenly)}
+    return ask

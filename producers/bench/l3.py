@@ -22,7 +22,7 @@ import orjson
 
 from migrations import migrate_async
 from producers.bench import measure, questions
-from producers.bench.measure import Show
+from producers.bench.measure import Show, rounded_percentile
 from producers.bench.stage import Stage
 from producers.client import Client
 from shared import postgres
@@ -99,16 +99,16 @@ async def run(
         single, batch = await _tier(server.url, keys, seed)
         return {
             "stored": await _count(server.url),
-            "hit_p50_ms": round(measure.percentile(took, 0.5), 3),
-            "hit_p95_ms": round(measure.percentile(took, 0.95), 3),
-            "hit_p99_ms": round(measure.percentile(took, 0.99), 3),
+            "hit_p50_ms": rounded_percentile(took, 0.5),
+            "hit_p95_ms": rounded_percentile(took, 0.95),
+            "hit_p99_ms": rounded_percentile(took, 0.99),
             "hits": ask.tiers.get("l3", 0),
             "not_hits": sum(count for tier, count in ask.tiers.items() if tier != "l3"),
             "hits_per_s_32_at_once": round(rate),
-            "tier_p50_ms": round(measure.percentile(single, 0.5), 3),
-            "tier_p95_ms": round(measure.percentile(single, 0.95), 3),
-            "tier_64_keys_p50_ms": round(measure.percentile(batch, 0.5), 3),
-            "tier_64_keys_p95_ms": round(measure.percentile(batch, 0.95), 3),
+            "tier_p50_ms": rounded_percentile(single, 0.5),
+            "tier_p95_ms": rounded_percentile(single, 0.95),
+            "tier_64_keys_p50_ms": rounded_percentile(batch, 0.5),
+            "tier_64_keys_p95_ms": rounded_percentile(batch, 0.95),
             "filled_in_s": round(filling, 1),
             "postgresql": server.version,
             "seed": seed,

@@ -11,11 +11,10 @@ from typing import Any
 import orjson
 
 from producers.bench import measure, questions, rivals
-from producers.bench.hits import fill
+from producers.bench.hits import asking, fill
 from producers.bench.measure import Show
 from producers.bench.stage import Stage
 from producers.client import Client
-from shared.errors import MillpondError
 
 
 async def run(stage: Stage, show: Show, *, rounds: int = 9, count: int = 400, distinct: int = 100) -> dict[str, Any]:
@@ -28,11 +27,7 @@ async def run(stage: Stage, show: Show, *, rounds: int = 9, count: int = 400, di
     async with Client(stage.url, settings=stage.settings()) as client:
         cached = await fill(client, stage, distinct)
         llm.kill()
-
-        async def ask(number: int) -> None:
-            if not (await client.ask(messages=cached.questions[number % distinct])).text:
-                raise MillpondError("an answer is empty; this is a bug, please report it")
-
+        ask = asking(client, cached.questions, range(distinct))
         bodies = [orjson.dumps({"model": "gpt-4o-mini", "messages": messages}) for messages in cached.questions]
         await stage.child("echo", size=cached.reply_bytes)
         async with (

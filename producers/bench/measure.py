@@ -53,6 +53,11 @@ def percentile(values: Sequence[float], fraction: float) -> float:
     return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] if ordered else 0.0
 
 
+def rounded_percentile(values: Sequence[float], fraction: float) -> float:
+    """Return the percentile as reports have it, to three decimals."""
+    return round(percentile(values, fraction), 3)
+
+
 def turns(names: Sequence[str], number: int) -> list[str]:
     """Return the order of the contenders in round `number`: each is first, and last, equally often."""
     at = number % len(names)

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from producers.bench import measure, questions
-from producers.bench.measure import Show
+from producers.bench.measure import Show, rounded_percentile
 from producers.bench.stage import Stage
 from producers.client import Client
 from shared.errors import MillpondError
@@ -54,7 +54,11 @@ async def run(
         "requests": 20 + rounds * (count + count_together),
         "provider_calls": len(ours),
         "rounds": [
-            {"added_p50_ms": _p(a, 0.5), "added_p95_ms": _p(a, 0.95), f"added_at_{together}_p50_ms": _p(c, 0.5)}
+            {
+                "added_p50_ms": rounded_percentile(a, 0.5),
+                "added_p95_ms": rounded_percentile(a, 0.95),
+                f"added_at_{together}_p50_ms": rounded_percentile(c, 0.5),
+            }
             for a, c in zip(alone, crowd, strict=True)
         ],
     }
@@ -96,7 +100,3 @@ def _figures(name: str, rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
         f"{name}_p95_ms": round(median(p95), 3),
         f"{name}_p50_range": measure.summary(p50),
     }
-
-
-def _p(values: Sequence[float], fraction: float) -> float:
-    return round(measure.percentile(values, fraction), 3)

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from producers.bench import measure, memory, miss, questions, workflows
-from producers.bench.measure import Show
+from producers.bench.measure import Show, rounded_percentile
 from producers.bench.questions import Messages
 from producers.bench.stage import Child, Stage
 from producers.client import Client
@@ -160,8 +160,8 @@ async def _leads(stage: Stage, show: Show, conversations: int, at_once: int, sam
         "hit_rate": round(len(seen.cached) / seen.count, 4),
         "tokens_without": round(seen.tokens / conversations),
         "tokens_with": round(seen.spent / conversations),
-        "cached_p95_ms": _p(seen.cached, 0.95),
-        **{f"{tier}_p50_ms": _p(took, 0.5) for tier, took in tiers.items()},
+        "cached_p95_ms": rounded_percentile(seen.cached, 0.95),
+        **{f"{tier}_p50_ms": rounded_percentile(took, 0.5) for tier, took in tiers.items()},
         "samples_per_tier": len(tiers["l1"]),
     }
 
@@ -296,9 +296,9 @@ async def _hundred_users(stage: Stage, show: Show, requests: int, misses: int, a
         "answered_from": seen.counts(),
         "hit_rate": round(len(seen.cached) / requests, 4),
         "without_a_call": round(1 - len(seen.took["llm"]) / requests, 4),
-        "cached_p50_ms": _p(seen.cached, 0.5),
-        "cached_p95_ms": _p(seen.cached, 0.95),
-        "miss_added_p50_ms": _p(added, 0.5),
+        "cached_p50_ms": rounded_percentile(seen.cached, 0.5),
+        "cached_p95_ms": rounded_percentile(seen.cached, 0.95),
+        "miss_added_p50_ms": rounded_percentile(added, 0.5),
         "misses": misses,
         "answers": answers,
         "memory_mb": round(used / 1e6 * 10_000 / answers, 2),
@@ -359,7 +359,3 @@ async def _crew(stage: Stage, **shared: Any) -> AsyncIterator[Crew]:
     finally:
         crew.end()
         await stage.wipe()
-
-
-def _p(values: Sequence[float], fraction: float) -> float:
-    return round(measure.percentile(values, fraction), 3)
