@@ -59,7 +59,7 @@ async def fill(client: Client, stage: Stage, count: int) -> Cached:
 
 
 async def run(
-    stage: Stage, show: Show, *, rounds: int = 7, seconds: float = 1.0, concurrency: int = 100, distinct: int = 300
+    stage: Stage, show: Show, *, rounds: int = 25, seconds: float = 0.3, concurrency: int = 100, distinct: int = 300
 ) -> dict[str, Any]:
     """Measure on `stage` with one lookup worker and this process as the producer.
 

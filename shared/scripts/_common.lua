@@ -135,7 +135,7 @@ end
 
 -- Why what was computed since `epoch` may not take the place of `entry` (nil: none); nil if it may. `store` is its flight's.
 local function unstorable(tags_key, key, labels, epoch, store, entry)
-  if store ~= '1' then return store == '0' and 'no-store' or store end
+  if store ~= '1' then return (not store or store == '0') and 'no-store' or store end
   if pruned(tags_key, epoch) or invalidated(tags_key, key, labels, epoch) then return 'invalidated' end
   return entry and newer(entry.epoch, epoch) and 'superseded' or nil
 end
