@@ -11,11 +11,15 @@ This module is the front door: the names an application imports, and the `millpo
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import typer
+
     from producers.blocking import BlockingClient
     from producers.client import Client
     from producers.invalidation import Invalidation
@@ -76,6 +80,7 @@ _HOMES = {
     "Settings": "shared.settings",
 }
 
+_INTERRUPTED = 130
 #: command -> the module and the attribute that implement it: a function, or a group of commands
 _COMMANDS = {
     "up": ("workers.commands", "up"),
@@ -119,12 +124,18 @@ def _version() -> str:
 def main() -> None:
     """Run the `millpond` command; Ctrl-C at any moment, while it loads too, ends it without a traceback."""
     try:
-        _run_command()
+        raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if raises:  # within an extension module that initialises, it can crash the process
+            signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+        app = _loaded()
+        if raises:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _run(app)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
-def _run_command() -> None:
+def _loaded() -> typer.Typer:
     try:
         import typer
     except ImportError:
@@ -152,6 +163,10 @@ def _run_command() -> None:
             app.add_typer(command, name=name)
         else:
             app.command(name)(command)
+    return app
+
+
+def _run(app: typer.Typer) -> None:
     if "--json" not in sys.argv:
         app()
     try:
