@@ -42,7 +42,7 @@ from workers.runtime import run_crew
 log = logging.getLogger("millpond.worker")
 
 # Smaller than what one client may have waiting: it reads the first replies while the next requests are answered.
-_BATCH = 48
+_BATCH = 32
 _REMEMBERED = 4096
 _FIELDS = (b"id", b"reply", b"deadline", b"body", b"cache")
 _REMEMBER_UP_TO = 8192
