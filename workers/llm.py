@@ -138,6 +138,8 @@ class LLMConsumer(Consumer):
             # What waited long is looked at again before it is paid for, like what was reclaimed.
             waited_ms = server_ms(now) - int(message.id.split(b"-")[0])
             self._begin(stream, message, resumed=waited_ms > _STALE_MS)
+        if messages:
+            await asyncio.sleep(0)  # the calls go out before the next read does
         return bool(messages)
 
     async def handle_reclaimed(self, stream: str, messages: list[Message], since_ms: int) -> None:

@@ -99,8 +99,8 @@ class Breaker:
         if error is None or not is_ill(error):
             if turn.probe:
                 await self._run("well", circuit, turn.call)
-            else:
-                self._post("well", circuit, turn.call)
+            else:  # behind what its caller sends next, for which somebody waits
+                asyncio.get_running_loop().call_soon(self._post, "well", circuit, turn.call)
             return
         if not error.counted:
             error.counted = True

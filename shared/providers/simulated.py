@@ -78,7 +78,8 @@ class SimulatedProvider:
         await _until(began + settings.simulated_first_token + written / settings.simulated_tokens_per_second)
         completion = Completion.read(orjson.dumps(body))
         if settings.simulated_journal is not None:
-            _append(settings.simulated_journal, {"sha": sha, "elapsed": time.perf_counter() - arrived})
+            line = {"sha": sha, "elapsed": time.perf_counter() - arrived}
+            asyncio.get_running_loop().call_soon(_append, settings.simulated_journal, line)
         return completion
 
     async def _outage(self) -> None:
