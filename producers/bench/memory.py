@@ -70,13 +70,17 @@ def _figures(texts: list[str], used: int, entries: list[int], sizes: list[int]) 
 
 
 async def settled(link: Link) -> int:
-    """Return `used_memory` once it has stopped changing: flights are cleared shortly after they land."""
-    last = -1
-    for _ in range(40):
+    """Return `used_memory` once it has stopped changing for 2.5 s.
+
+    Flights are cleared shortly after they land; the server frees a connection's buffers when it was idle for 2 s.
+    """
+    last, still = -1, 0
+    for _ in range(80):
         await asyncio.sleep(0.25)
         info = (await link.call(("INFO", "memory"))).decode()
         used = int(info.split("used_memory:", 1)[1].split("\r", 1)[0])
-        if abs(used - last) < 4096:
+        still = still + 1 if abs(used - last) < 4096 else 0
+        if still == 10:
             break
         last = used
     return used
