@@ -31,6 +31,8 @@ KEYED = ("l1", "l2", "l3")
 _PLACES = {tier: place for place, tier in enumerate(KEYED)}
 _EVERY = 1.0
 _MOST_SPOTS = 4000
+#: What an answer took, so what each hit saved: tokens of prompt and completion, dollars, milliseconds.
+_Saved = tuple[tuple[int, int], float | None, int]
 
 
 @dataclass(slots=True)
@@ -49,18 +51,14 @@ class Touches:
     def __init__(self, stream: str, limit: int) -> None:
         self._stream = stream
         self._limit = limit
-        self._hits: dict[tuple[str, Kind, str, int], list[Any]] = {}
+        self._hits: defaultdict[tuple[str, Kind, str, int, _Saved], int] = defaultdict(int)
         self._sums: defaultdict[tuple[str, Kind], _Sum] = defaultdict(_Sum)
         self._due = 0.0
 
     def hit(self, tier: str, kind: Kind, entry: Entry, hits: int, latency_ms: int) -> None:
         """Count requests that an entry answered, what each saved, and that its key was hit."""
         # Only noted here, once per batch and entry; added up when it is reported.
-        found = self._hits.get(spot := (tier, kind, entry.key, latency_ms))
-        if found is None:
-            self._hits[spot] = [entry, hits]
-        else:
-            found[1] += hits
+        self._hits[tier, kind, entry.key, latency_ms, (entry.tokens, entry.cost, entry.compute_ms)] += hits
 
     def add(
         self,
@@ -89,9 +87,9 @@ class Touches:
             return []
         self._due = moment + _EVERY
         per_key: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(KEYED))
-        for (tier, kind, key, latency_ms), (entry, hits) in self._hits.items():
+        for (tier, kind, key, latency_ms, saved), hits in self._hits.items():
             per_key[key][_PLACES[tier]] += hits
-            self.add(tier, kind, hits, latency_ms, entry.tokens, entry.cost, entry.compute_ms)
+            self.add(tier, kind, hits, latency_ms, *saved)
         stats: list[list[Any]] = [
             [
                 tier, kind.profile, kind.tenant, kind.model, kind.experiment, kind.variant, s.hits, s.prompt_tokens,

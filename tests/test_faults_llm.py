@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from shared.errors import ProviderError
+from shared.keys import LLM_GROUP
 from shared.providers.simulated import calls as calls_in
 from tests import faults_support
 from tests.faults_support import Pond, Raw, answers, outcomes, until
 from tests.processes import Process
+from tests.test_worker_edges import left_by_the_dead
 from workers.flight import Fill
 from workers.llm import LLMConsumer
 from workers.settling import Settling
@@ -78,6 +80,29 @@ async def test_refreshes_of_a_killed_worker_leave_half_the_slots_to_who_waits(po
     after = [call["prompt"] for call in calls_in(pond.journal)][16:]
     assert sorted(after) == sorted([*prompts, PROMPT])
     assert after.index(PROMPT) <= 2, "before it, refreshes may take no more than half of the slots"
+
+
+async def test_what_a_dead_worker_left_of_refreshes_goes_before_new_ones(pond: Pond) -> None:
+    response = {"ttl": 0.05, "stale_while_revalidate": 600, "early_refresh": 0.0}
+    pond.options |= {"profiles": {"response": response}, "llm_lease": 0.5}
+    others = [f"{PROMPT} ({n})" for n in range(60)]
+    async with pond.client() as client, pond.working("lookup"):
+        async with pond.working("llm", concurrency=64):
+            await answers([client.ask(prompt) for prompt in (PROMPT, *others)])
+            await pond.settled()
+        await pond.aged()
+        assert (await client.ask(PROMPT)).stale
+        await until(lambda: pond.length("refreshes") == 1, "its refresh is asked for")
+        refreshes = pond.names(PROMPT).refreshes
+        left_by_the_dead(pond, refreshes, LLM_GROUP, idle_ms=0)
+        waiting = asyncio.create_task(client.ask(PROMPT, max_age=0.001))
+        await until(lambda: pond.found("{mp:*}:waiters:*"), "somebody is aboard what the dead worker took")
+        while pond.length("refreshes") < 61:
+            await answers([client.ask(prompt) for prompt in others])
+        async with pond.working("llm", concurrency=4 * pond.partitions, simulated_first_token=0.1):
+            assert not (await waiting).stale
+            assert pond.length("refreshes") > 30, "it had to wait for none but those that were under way"
+            await pond.settled()
 
 
 def _idle_ms(pond: Pond) -> int:

@@ -261,3 +261,19 @@ async def test_a_stale_answer_in_l1_goes_once_a_newer_one_is_stored_though_l2_ha
         await pond.past(first.created_ms + first.ttl_ms)  # the first is stale now, its successor is not
         assert not stale(await client.ask(Q))
     assert pond.calls() == 2
+
+
+async def test_who_may_not_refresh_hides_nobody_who_may(pond: Pond) -> None:
+    pond.options |= {"profiles": {"response": {"ttl": 1.0, "stale_while_revalidate": 600, "early_refresh": 0.0}}}
+    async with pond.client() as client, pond.working("lookup"):
+        async with pond.working("llm"):
+            await client.ask(Q)
+            await pond.settled()
+        assert [(await client.ask(Q)).tier for _ in range(2)] == ["l2", "l1"]
+        await pond.aged()
+        # In one turn of the loop, so in one batch.
+        found = await answers([client.ask(Q, mode="only-if-cached"), client.ask(Q)])
+        assert [(reply.tier, reply.stale) for reply in found] == [("l1", True)] * 2
+        await until(lambda: pond.length("refreshes") == 1, "its refresh is asked for")
+        async with pond.working("llm"):
+            await pond.settled()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import orjson
 import pytest
 
+from shared.entry import unpack
 from shared.errors import ProviderError
 from shared.keys import PROMOTION_GROUP
+from shared.messages import Kind
+from shared.touches import Touches
 from tests import faults_support
 from tests.faults_support import Pond, outcomes
 from tests.outages import Outage
+from tests.persistence_support import entry_of
 
 pond = faults_support.pond
 
@@ -81,3 +86,16 @@ async def test_who_got_a_stored_answer_instead_is_counted_once_and_as_that(count
     assert (found["stale"]["hits"], found["stale"]["tokens"]) == (3, 3 * usage)
     # The first of all, and the refresh: whether it began the second flight or joined it.
     assert found["llm"]["hits"] + found.get("collapsed", {"hits": 0})["hits"] == 2
+
+
+def test_what_hits_saved_is_what_the_answer_of_each_took() -> None:
+    touches, kind = Touches("touches", 100), Kind("response", "default", "m")
+    stored = unpack("k", entry_of())
+    answers = [replace(stored, tokens=(n, 0), cost=float(n), compute_ms=n) for n in (1, 100)]
+    for entry in (*answers, answers[0]):  # of one key: one takes the place of the other between two reports
+        touches.hit("l1", kind, entry, 2, 0)
+    ((*_, told),) = touches.report(now=True)
+    ((_, _, _, _, _, _, hits, prompt, _, cost, ms, _),) = orjson.loads(told)["stats"]
+    assert (hits, prompt, cost, ms) == (6, 204, 204.0, 204)
+    assert orjson.loads(told)["keys"] == {"k": [6, 0, 0]}
+    assert not touches.report(now=True)

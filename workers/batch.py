@@ -57,16 +57,15 @@ class Batch:
     refreshes: dict[str, tuple[Ask, Entry]] = field(default_factory=dict)
     missing: dict[tuple[Question, bytes], list[Ask]] = field(default_factory=dict)
 
-    def hit(self, ask: Ask, entry: Entry, tier: str) -> bool:
-        """Answer one request from `tier`, with all others of its client and kind; say whether it is their first."""
+    def hit(self, ask: Ask, entry: Entry, tier: str) -> None:
+        """Answer one request from `tier`, together with all others of its client and kind for the same entry."""
         self.answered.append(ask.message_id)
         kind = ask.question.kind
         found = self.hits.get(group := (ask.client, tier, entry.key, kind))
-        if found is not None:
+        if found is None:
+            self.hits[group] = Hits(entry, int(ask.message_id.split(b"-")[0]), [ask.request_id])
+        else:
             found.request_ids.append(ask.request_id)
-            return False
-        self.hits[group] = Hits(entry, int(ask.message_id.split(b"-")[0]), [ask.request_id])
-        return True
 
     def answer(self, ask: Ask, payload: bytes) -> None:
         """Reply to one request and let its message be retired."""
@@ -122,4 +121,7 @@ def read_ask(message: Message, understand: Callable[[bytes, bytes | None], Quest
     except UnicodeDecodeError:
         raise InvalidRequest("id must be UTF-8", field="id") from None
     cache = fields.get(b"cache")
-    return Ask(message.id, request_id, client, deadline_ms, body, cache, understand(body, cache))
+    question = understand(body, cache)
+    if question.lead and not client:
+        raise InvalidRequest("who computes needs a reply channel", field="reply")
+    return Ask(message.id, request_id, client, deadline_ms, body, cache, question)

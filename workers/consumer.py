@@ -99,7 +99,7 @@ class Consumer(ABC):
         self._blocked = False
         self._reading_id = 0
         self._cursors: dict[str, bytes] = {}
-        self._next_reclaim = 0.0
+        self._next_reclaim: dict[str, float] = {}
         self._next_dismissal = 0.0
         self._cut = False
         self._heart: asyncio.Task[None] | None = None
@@ -265,21 +265,24 @@ class Consumer(ABC):
 
     # what others left behind
 
-    async def reclaim_when_due(self) -> None:
-        """Take over what others left behind, if it is time and there is room."""
-        now = time.monotonic()
-        if now < self._next_reclaim or self.room() <= 0:
-            return
-        self._next_reclaim = now + self.tick
-        for stream in self.streams:
-            if (room := self.room_for(stream)) > 0:
-                await self._reclaim(stream, min(room, _RECLAIM_COUNT))
-            if now >= self._next_dismissal:
-                await self._dismiss_dead(stream)
-        if now >= self._next_dismissal:
-            self._next_dismissal = now + _DISMISS_AFTER / 2
+    def reclaim_is_due(self, stream: str) -> bool:
+        """Whether what others left behind of that stream is to be looked at, once there is room for it."""
+        return time.monotonic() >= self._next_reclaim.get(stream, 0.0)
 
-    async def _reclaim(self, stream: str, count: int) -> None:
+    async def reclaim_when_due(self) -> None:
+        """Take over what others left behind, if it is time and there is room; again at once while some is found."""
+        for stream in self.streams:
+            if self.reclaim_is_due(stream) and (room := self.room_for(stream)) > 0:
+                self._next_reclaim[stream] = time.monotonic() + self.tick
+                if await self._reclaim(stream, min(room, _RECLAIM_COUNT)):
+                    del self._next_reclaim[stream]
+        if (now := time.monotonic()) >= self._next_dismissal:
+            self._next_dismissal = now + _DISMISS_AFTER / 2
+            for stream in self.streams:
+                await self._dismiss_dead(stream)
+
+    async def _reclaim(self, stream: str, count: int) -> bool:
+        """Say whether any was taken up."""
         # JUSTID: being moved is not being delivered. The cursor is kept: a scan that restarts at 0-0 may never get
         # past the leased entries at the head.
         cursor = self._cursors.get(stream, b"0-0")
@@ -290,9 +293,10 @@ class Consumer(ABC):
         ids = [i for i in reply[1] if not self.in_hand(stream, i)]
         if ids:
             log.info("%s: took over %d messages of %s", self.name, len(ids), stream)
-            await self._take_over(stream, ids, server_ms(now))
+            return await self._take_over(stream, ids, server_ms(now))
+        return False
 
-    async def _take_over(self, stream: str, ids: list[bytes], since_ms: int) -> None:
+    async def _take_over(self, stream: str, ids: list[bytes], since_ms: int) -> bool:
         pending = self.checked(
             await self.link.post([("XPENDING", stream, self.group, i, i, 1, self.name) for i in ids])
         )
@@ -315,6 +319,7 @@ class Consumer(ABC):
             await self.link.call(
                 SCRIPTS["put_back"].call([stream], [self.group, self.name, _NOBODY, lease_ms, *suspects])
             )
+        return len(suspects) < len(ids)
 
     async def _deliver_alone(self, stream: str, message_id: bytes) -> None:
         # It may be what killed its workers: alone among its like, it cannot drive others towards their burial.

@@ -119,8 +119,10 @@ class LLMConsumer(Consumer):
         block = None if self._refreshes_wait else min(self.tick, 0.25)
         await self._read(self.keys.fills, self.room(), block)
         # Room that is left was offered to the fills: none waits. That some always come must not starve the refreshes.
-        # None is begun while Redis' memory is above its mark; somebody may wait for one that was.
-        room = 0 if self.crew.pressure else self._share_of_refreshes()
+        # Somebody may wait for one that a dead worker had begun: those go first, even if new ones have all their room.
+        await self.reclaim_when_due()
+        begins_none = self.crew.pressure or self.reclaim_is_due(self.keys.refreshes)
+        room = 0 if begins_none else self._share_of_refreshes()
         self._refreshes_wait = room > 0 and await self._read(self.keys.refreshes, room, None)
 
     def _share_of_refreshes(self) -> int:

@@ -216,10 +216,8 @@ class LookupConsumer(Consumer):
         else:
             entry = self.l1.get(question.key, batch.now_ms) if question.reads else None
             if entry is not None and (question.any_entry or _watched(entry, question, batch.now_ms)):
-                if batch.hit(ask, entry, "l1"):
-                    self._refreshing.consider(batch, ask, entry)
-            elif question.lead and not ask.client:
-                self._refuse(batch, message, InvalidRequest("who computes needs a reply channel", field="reply"))
+                batch.hit(ask, entry, "l1")
+                self._refreshing.consider(batch, ask, entry)
             else:
                 alone = b"%b %b" % (ask.client.encode(), ask.request_id) if question.mode == "bypass" else b""
                 batch.missing.setdefault((question, alone), []).append(ask)
