@@ -257,6 +257,11 @@ class Settings(BaseSettings):
         return os.environ.get("OPENAI_API_KEY") or None
 
     @property
+    def provider_recorded(self) -> str:
+        """What calls of the provider in force are recorded under: its name, which for a simulated one says so."""
+        return recorded(self.provider_name, simulated=self.kind_of(self.provider_name) == "simulated")
+
+    @property
     def provider_name(self) -> str:
         """The provider in force: `auto` is `openai` with a key or a base URL, else `simulated`."""
         if self.provider != "auto":
@@ -267,6 +272,11 @@ class Settings(BaseSettings):
         """What the provider of a name is, `openai` or `simulated`; None where there is none of that name."""
         endpoint = self.providers.get(provider)
         return endpoint.kind if endpoint is not None else provider if provider in DEFAULT_PROVIDERS else None
+
+
+def recorded(provider: str, *, simulated: bool) -> str:
+    """Return what calls of a provider are recorded under: `simulated/NAME` where its name does not say it."""
+    return f"simulated/{provider}" if simulated and not SIMULATED.match(provider) else provider
 
 
 def load(**overrides: Any) -> Settings:

@@ -139,7 +139,8 @@ class Pond:
 
     async def aged(self, seconds: float | None = None) -> None:
         """Wait until each answer in L2 is older than so many seconds; without them, until none is fresh."""
-        entries = [opened(text) for text in self.redis.mget(self.found("{mp:*}:entry:*")) if text]
+        names = self.found("{mp:*}:entry:*")
+        entries = [opened(text) for text in (self.redis.mget(names) if names else ()) if text]
         assert entries, "nothing is stored"
         spans = [one.ttl_ms if seconds is None else int(seconds * 1000) for one in entries]
         over = max(one.created_ms + span for one, span in zip(entries, spans, strict=True))

@@ -148,7 +148,8 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := await up_reader.read(_CHUNK):
                 if dropping.is_set():
-                    # What came may answer an earlier command. The server runs all it was sent before it sees the end.
+                    # What came may answer an earlier command. The server runs what it was sent before it sees the end,
+                    # but for what waits behind a read that still blocks: that ends with the connection, and never runs.
                     up_writer.write_eof()
                     while await up_reader.read(_CHUNK):
                         pass

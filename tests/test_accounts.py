@@ -96,7 +96,7 @@ async def test_a_simulated_endpoint_counts_as_one_whatever_its_name(pond: Pond, 
         found = await reported(pond, database)
     assert (found.total.calls, found.total.simulated_calls) == (4, 2)
     assert found.providers == {"away": 2, "simulated/cheap:m": 2}
-    assert any("2 of 4 calls were answered by the simulated provider" in note for note in notes(found))
+    assert any("The simulated provider answered 2 of 4 calls" in note for note in notes(found))
 
 
 async def test_a_key_asked_for_once_a_second_is_among_the_most_asked(pond: Pond, database: Database) -> None:

@@ -294,6 +294,20 @@ def test_the_doctor_judges_the_workers_and_not_its_own_shell(server: Server) -> 
         assert "cache on (workers: off)" in found["this shell"]["detail"]
 
 
+def test_the_doctor_tells_a_simulated_provider_by_what_it_is(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "millpond.toml").write_text('[providers.openai]\nkind = "simulated"\n')
+    for workers in (0, 1):
+        with contextlib.ExitStack() as alive:
+            if workers:
+                alive.enter_context(start_worker("llm", server.url, openai_api_key="s3cr3t-w0rd"))
+            done = run("doctor", "--json", url=server.url, openai_api_key="s3cr3t-w0rd")
+        found = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+        said = found["provider"]
+        assert (said["level"], said["detail"].startswith("simulated/openai")) == ("warn", True)
+        assert "set providers.openai.kind to openai" in said["detail"] + said["advice"]
+        assert "this shell" not in found
+
+
 @pytest.mark.parametrize(
     ("item", "says"),
     [("nowhere:m", "no provider 'nowhere'; known: cheap, openai, simulated"), ("openai", "needs a key")],

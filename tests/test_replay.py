@@ -24,6 +24,7 @@ from producers.replay.run import Run
 from producers.replay.workload import Request
 from shared.errors import InvalidRequest, ProviderTimeout
 from shared.prices import cost
+from shared.settings import Endpoint, load
 from tests.faults_support import until
 
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
@@ -341,3 +342,9 @@ def test_the_demo_runs_from_nothing_to_its_report_and_leaves_nothing_running(tmp
     assert (found["spent"]["calls"], found["saved"]["calls"]) == (60, 40)
     assert found["coalesced"]["count"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_simulated_provider_is_told_by_what_it_is_when_nothing_was_computed() -> None:
+    chosen = load(provider="openai", providers={"openai": Endpoint(kind="simulated")})
+    assert session._provider(chosen, Recorder(), {}, None).simulated
+    assert not session._provider(load(provider="openai"), Recorder(), {}, None).simulated

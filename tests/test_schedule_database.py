@@ -185,6 +185,29 @@ async def test_pruning_fails_where_the_database_that_others_write_to_is_not_know
     assert (record["ok"], "MILLPOND_DATABASE_URL" in record["error"]) == (False, True)
 
 
+@pytest.mark.parametrize("l3", [True, False])
+async def test_pruning_keeps_the_markers_of_answers_in_a_database_done_without(
+    settings: Callable[..., Settings], server: Server, link: Link, l3: bool
+) -> None:
+    for names in (NAMES, other := PartitionKeys(1)):
+        await link.call(SCRIPTS["invalidate"].call([names.invalidations, names.tags], ["test", 100, "doc:1"]))
+    await link.call(("XGROUP", "CREATE", NAMES.landed, keys.PERSISTENCE_GROUP, "0", "MKSTREAM"))
+    async with at_desk(settings(l3=l3, marker_age=0.1), partitions=2) as desk:
+        await asyncio.sleep(0.15)  # the marker's age is the test's subject
+        record = await perform(desk, JOBS["prune"], "schedule")
+    assert record["ok"] is not l3
+    said = record["error"] if l3 else record["result"]["skipped"]
+    assert "1 of 2 partitions" in said
+    assert said.endswith("markers pruned in the others: 1")
+    if not l3:
+        assert "unset MILLPOND_L3" in said
+        assert {name: record["result"][name] for name in ("done", "no-database", "markers")} == {
+            "done": 1, "no-database": 1, "markers": 1,
+        }  # fmt: skip
+    assert await link.call(("HGET", NAMES.tags, "doc:1")) is not None
+    assert await link.call(("HGET", other.tags, "doc:1")) is None
+
+
 async def test_a_database_that_is_away_is_told_and_found_again(
     settings: Callable[..., Settings], server: Server, own_database: EmbeddedPostgres
 ) -> None:

@@ -22,10 +22,10 @@ from shared import console, embedded, keys
 from shared.database import resolve_database_url
 from shared.errors import ConfigError, Unavailable
 from shared.providers import make_provider
-from shared.settings import Settings
+from shared.settings import SIMULATED, Settings
 from workers import durable, overview
 from workers.kinds import BACKGROUND
-from workers.supervisor import provider_in_force
+from workers.supervisor import for_real_answers, provider_in_force
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -302,8 +302,8 @@ def _in_force(seen: overview.Overview, settings: Settings) -> Iterator[Finding]:
     if switches:
         yield _live_cache(switches)
     differing = []
-    if providers and set(providers) != {settings.provider_name}:
-        differing.append(f"provider {settings.provider_name} (workers: {', '.join(sorted(set(providers)))})")
+    if providers and set(providers) != {settings.provider_recorded}:
+        differing.append(f"provider {settings.provider_recorded} (workers: {', '.join(sorted(set(providers)))})")
     if switches and set(switches) != {settings.cache_enabled}:
         here, there = ("on", "off") if settings.cache_enabled else ("off", "on")
         differing.append(f"cache {here} (workers: {there if len(set(switches)) == 1 else 'some on, some off'})")
@@ -318,9 +318,9 @@ def _live_provider(providers: list[str]) -> Finding:
     named = ", ".join(f"{name} ({providers.count(name)} of {len(providers)})" for name in sorted(set(providers)))
     if len(set(providers)) > 1:
         return Finding("warn", "provider", f"LLM workers disagree: {named}", "start all with the same settings")
-    if "simulated" in providers:
-        advice = "for real ones start the LLM workers with OPENAI_API_KEY or MILLPOND_OPENAI_BASE_URL"
-        return Finding("warn", "provider", "simulated, say the live LLM workers: answers are made up", advice)
+    if SIMULATED.match(providers[0]):
+        advice = f"for real ones {for_real_answers(providers[0])}, and start the LLM workers anew"
+        return Finding("warn", "provider", f"{providers[0]}, say the live LLM workers: answers are made up", advice)
     return Finding("ok", "provider", f"{providers[0]}, say the live LLM workers")
 
 

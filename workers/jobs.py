@@ -71,12 +71,20 @@ async def _prune(desk: Desk) -> Result:
         pruned = await prune(desk.link, pool, names, older_than=desk.settings.marker_age)
         counts[pruned.state] += 1
         counts["markers"] += pruned.markers
-    if counts["no-database"]:
-        raise Unavailable(
-            f"the answers of {counts['no-database']} partitions are written to a PostgreSQL that is not known here: "
-            "set MILLPOND_DATABASE_URL as for their persistence worker"
+    result: Result = {name: count for name, count in counts.items() if count or name == "markers"}
+    if kept := counts["no-database"]:
+        # Once that PostgreSQL is read again, nothing but the markers voids what lies in it.
+        where = f"the answers of {kept} of {desk.partitions} partitions are in a PostgreSQL that"
+        rest = f"; markers pruned in the others: {counts['markers']}" if kept < desk.partitions else ""
+        if desk.settings.l3:
+            raise Unavailable(
+                f"{where} is not known here: set MILLPOND_DATABASE_URL as for their persistence worker{rest}"
+            )
+        result["skipped"] = (
+            f"{where} MILLPOND_L3=false does without, and their markers stay with them: to have it back, unset "
+            f"MILLPOND_L3, and set MILLPOND_DATABASE_URL or let `millpond up` start one{rest}"
         )
-    return {name: count for name, count in counts.items() if count or name == "markers"}
+    return result
 
 
 async def _warm_top(desk: Desk) -> Result:

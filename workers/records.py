@@ -15,7 +15,7 @@ import orjson
 
 from shared.entry import unpack
 from shared.envelope import Unreadable, opened
-from shared.settings import SIMULATED
+from shared.settings import recorded
 from shared.touches import BOUNDS, TIERS
 
 #: Latency buckets of a hit's histogram.
@@ -341,7 +341,7 @@ def _known(value: object, what: str) -> str | None:
 def _provider(name: object, simulated: object) -> str | None:
     """Return the name to record: that of a simulated provider says so."""
     known = _known(name, "provider")
-    return f"simulated/{known}" if known and simulated and not SIMULATED.match(known) else known
+    return recorded(known, simulated=bool(simulated)) if known else known
 
 
 def _count(value: object, what: str, most: int = _BIGINT // 1_000_000) -> int:

@@ -147,13 +147,11 @@ def notes(report: Report) -> list[str]:
         found.append("There is no history yet: hits are written by the persistence worker, about once a second.")
     if total.simulated_calls:
         found.append(
-            f"{total.simulated_calls:,} of {total.calls:,} calls were answered by the simulated provider: no model was "
-            "called; dollars are what the model it stands in for would have cost."
+            f"The simulated provider answered {total.simulated_calls:,} of {total.calls:,} calls: no model was called; "
+            "dollars are what the model it stands in for would have cost."
         )
     elif stored := sum(key.simulated for key in report.top):
-        found.append(
-            f"{stored:,} of the top keys were answered by the simulated provider: what they saved is no money."
-        )
+        found.append(f"The simulated provider answered {stored:,} of the top keys: what its answers saved is no money.")
     if report.variants:
         found.append(
             "Intervals hold 95 % if hours are independent of each other; below eleven hours, if requests are, which "

@@ -129,7 +129,7 @@ async def _flush(crew: Crew, link: Link, *, farewell: bool = False) -> None:
         "pid": os.getpid(),
         "host": platform.node(),
         "partitions": crew.partitions,
-        "provider": crew.settings.provider_name if crew.kind == "llm" else None,
+        "provider": crew.settings.provider_recorded if crew.kind == "llm" else None,
         "cache_enabled": crew.settings.cache_enabled,
         "seen": time.time(),
     }

@@ -262,9 +262,17 @@ class _Supervisor:
 def provider_in_force(settings: Settings) -> str:
     """Return the provider's name, and for the simulated one that it is and how to have a real one."""
     if settings.kind_of(settings.provider_name) == "simulated":
-        return "simulated: answers are made up (set OPENAI_API_KEY or MILLPOND_OPENAI_BASE_URL for real ones)"
+        name = settings.provider_recorded
+        return f"{name}: answers are made up ({for_real_answers(name)} for real ones)"
     where = f" at {console.masked(settings.openai_base_url)}" if settings.openai_base_url else ""
     return settings.provider_name + where
+
+
+def for_real_answers(recorded: str) -> str:
+    """Return what to set to have real answers; the argument is what the simulated provider is recorded under."""
+    if name := recorded.partition("/")[2]:
+        return f"set providers.{name}.kind to openai"
+    return "set OPENAI_API_KEY or MILLPOND_OPENAI_BASE_URL"
 
 
 def _kind(name: str) -> Kind:

@@ -20,7 +20,7 @@ from shared.embedded import resolve_url
 from shared.errors import InvalidRequest
 from shared.link import LINK_ERRORS, Link
 from shared.messages import MAX_DEADLINE, label, seconds
-from shared.settings import Settings
+from shared.settings import SIMULATED, Settings
 
 #: Workers add up their counters once a second; after this many seconds those of the run are in.
 COUNTED_AFTER = 1.5
@@ -177,7 +177,7 @@ def _provider(
     settings: Settings, recorder: Recorder, before: Mapping[str, int], after: Mapping[str, int] | None
 ) -> Provider:
     """Tell the provider by the answers it gave, or by the settings here when nothing was computed."""
-    simulated = recorder.simulated > 0 if recorder.spent else settings.provider_name == "simulated"
+    simulated = recorder.simulated > 0 if recorder.spent else bool(SIMULATED.match(settings.provider_recorded))
     name = "simulated" if simulated else "openai"
     if after is None:
         return Provider(name, simulated, None, None)

@@ -1,4 +1,4 @@
--- Prepended to every script. Helpers; they touch no key they are not given.
+-- Prepended to every script. What they share; it touches no key it is not given.
 
 -- Whether stream id a is newer than stream id b.
 local function newer(a, b)
