@@ -77,6 +77,7 @@ BURIED: dict[str, dict[str, Any]] = {
     "no id": {"id": None},
     "an id with a space": {"id": "a b"},
     "no reply channel and no JSON": {"reply": None, "body": b"{"},
+    "no reply channel of who is to compute": {"reply": None, "cache": b'{"lead":true}'},
     "a reply channel that is not UTF-8": {"reply": b"\xff"},
     "a reply channel with a space": {"reply": "a b"},
 }
