@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -30,8 +31,17 @@ from workers.jobs import JOBS, perform
 
 link, pool, rules = test_warm.link, test_warm.pool, test_warm.rules
 
-NOW = datetime.now(UTC)
 NAMES = PartitionKeys(0)
+#: Longer than a test of this module takes.
+_A_WHILE = timedelta(seconds=10)
+
+
+@pytest.fixture
+def now() -> datetime:
+    """The time, in an hour that does not end within the test."""
+    while (moment := datetime.now(UTC)).hour != (moment + _A_WHILE).hour:
+        time.sleep(0.1)
+    return moment
 
 
 @pytest.fixture
@@ -57,8 +67,8 @@ async def done(desk: Desk, name: str) -> dict[str, Any]:
     return result
 
 
-async def test_partitions_are_there_a_week_ahead(desk: Desk, rows: asyncpg.Connection) -> None:
-    last = f"calls_{NOW + timedelta(days=housekeeping.DAYS_AHEAD):%Y%m%d}"
+async def test_partitions_are_there_a_week_ahead(desk: Desk, rows: asyncpg.Connection, now: datetime) -> None:
+    last = f"calls_{now + timedelta(days=housekeeping.DAYS_AHEAD):%Y%m%d}"
     await rows.execute(f"DROP TABLE IF EXISTS {last}")
     assert last in (await done(desk, "partitions"))["created"]
     assert await rows.fetchval("SELECT to_regclass($1)", last)
@@ -66,11 +76,11 @@ async def test_partitions_are_there_a_week_ahead(desk: Desk, rows: asyncpg.Conne
 
 
 async def test_retention_drops_what_is_past_its_time_and_nothing_else(
-    desk: Desk, rows: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, rows: asyncpg.Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(housekeeping, "BATCH", 2)
     for n, days in enumerate((40, 30, 20, 11, 12, 9, 0, -5)):
-        gone = NOW - timedelta(days=days)
+        gone = now - timedelta(days=days)
         await rows.execute(
             """INSERT INTO answers (key, partition, epoch_ms, epoch_seq, created, fresh, expires, gone, tags, profile,
                tenant, model, bytes, entry) VALUES ($1, 0, 0, 0, $2, $2, $2, $2, '{}', 'p', 't', 'm', 1, 'x')""",
@@ -82,22 +92,22 @@ async def test_retention_drops_what_is_past_its_time_and_nothing_else(
         )
         await rows.execute("INSERT INTO experiments VALUES ('e', $1, $2, $2)", str(n), gone)
     await rows.execute("INSERT INTO hits SELECT $1, 'l1', 'p', 't', 'm', '', '', 1, 0, 0, 0, 0, array_fill(0, '{46}')",
-                       NOW - timedelta(days=20))  # fmt: skip
+                       now - timedelta(days=20))  # fmt: skip
     await done(desk, "partitions")  # gives the day twenty days ago its partition
     result = await done(desk, "retention")
     assert (result["answers_deleted"], result["audit_rows_deleted"]) == (5, 5)
     assert result["experiments_deleted"] == 5
-    assert f"hits_{NOW - timedelta(days=20):%Y%m%d}" in result["partitions_dropped"]
-    assert await rows.fetchval("SELECT min(gone) FROM answers") == NOW - timedelta(days=9)
+    assert f"hits_{now - timedelta(days=20):%Y%m%d}" in result["partitions_dropped"]
+    assert await rows.fetchval("SELECT min(gone) FROM answers") == now - timedelta(days=9)
     assert await rows.fetchval("SELECT count(*) FROM invalidations") == 3
     assert (await done(desk, "retention"))["answers_deleted"] == 0
 
 
 async def test_the_roll_up_keeps_the_top_of_each_past_hour(
-    desk: Desk, rows: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, rows: asyncpg.Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(housekeeping, "TOP_PER_HOUR", 3)
-    hours = [NOW.replace(minute=0, second=0, microsecond=0) - timedelta(hours=h) for h in (0, 1, 2)]
+    hours = [now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=h) for h in (0, 1, 2)]
     await rows.executemany(
         "INSERT INTO top_keys (hour, key, hits) VALUES ($1, $2, $3)",
         [(hour, bytes([n]) * 16, n) for hour in hours for n in range(8)],
