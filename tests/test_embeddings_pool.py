@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,14 @@ from shared.entry import unpack
 from shared.errors import ProviderError, RateLimited
 from shared.providers.base import Call, Completion
 from shared.providers.batching import EmbeddingBatches, shares
+from shared.providers.chain import Answered, Route, ask
+from shared.providers.limits import Place
 from shared.providers.simulated import embed
+from shared.settings import load
 from tests import faults_support
+from tests.conftest import Server
 from tests.faults_support import Pond, outcomes
+from tests.test_limits import pool_of
 
 pond = faults_support.pond
 
@@ -128,32 +135,34 @@ async def test_who_gives_up_leaves_the_others_of_a_batch_alone_and_the_last_ends
     await batches.close()
 
 
-async def test_texts_that_go_out_together_are_admitted_as_one_call() -> None:
-    batches, admitted, open_ = EmbeddingBatches(Counting(), most=3), list[int](), asyncio.Event()
+async def test_texts_that_go_out_together_are_admitted_together() -> None:
+    batches, asked, open_ = EmbeddingBatches(Counting(), most=3), list[Sequence[Place]](), asyncio.Event()
 
-    async def acquire(tokens: int) -> None:
-        admitted.append(tokens)
+    async def acquire(places: Sequence[Place]) -> None:
+        asked.append(places)
         await open_.wait()
+        for place in places:
+            if not place.admitted.done():
+                place.admitted.set_result(None)
 
-    def asking(*texts: Any, **how: Any) -> list[asyncio.Task[None]]:
-        return [asyncio.create_task(batches.admit(call(text), 10, acquire, **how)) for text in texts]
-
-    tasks = asking("a", "b", "c", "d", ["a list"], most_tokens=None)
-    await faults_support.until(lambda: sorted(admitted) == [10, 10, 30], "three of a batch, the fourth, the list")
+    texts: list[Any] = ["a", "b", "c", "d"]
+    tasks = [asyncio.create_task(batches.admit(call(text), 10, acquire)) for text in texts]
+    await faults_support.until(lambda: sorted(map(len, asked)) == [1, 3], "three of a batch, and the fourth")
     tasks[0].cancel()
     tasks[3].cancel()
     await asyncio.wait([tasks[0], tasks[3]])
-    admitted.clear()
-    more = asking("e", "f", "g", most_tokens=20)
-    await faults_support.until(lambda: sorted(admitted) == [10, 20], "no more tokens than a window holds")
+    (early,) = next(places for places in asked if len(places) == 3)[1:2]
+    early.admitted.set_result(None)
+    await tasks[1]
+    assert not tasks[2].done()
     open_.set()
-    found = await asyncio.gather(*tasks, *more, return_exceptions=True)
+    found = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(one) for one in found if one is not None] == [asyncio.CancelledError] * 2
     await batches.close()
 
 
 async def test_what_admission_raises_is_told_to_all_it_was_asked_for() -> None:
-    async def refuse(_: int) -> None:
+    async def refuse(_: Sequence[Place]) -> None:
         raise RateLimited("full")
 
     batches = EmbeddingBatches(Counting())
@@ -161,6 +170,40 @@ async def test_what_admission_raises_is_told_to_all_it_was_asked_for() -> None:
     found = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(one) for one in found] == [RateLimited] * 2
     await batches.close()
+
+
+async def test_texts_do_not_starve_beside_a_process_that_asks_text_by_text(server: Server) -> None:
+    settings, stop = load(attempt_timeout=1.0, total_timeout=6.0), asyncio.Event()
+    async with pool_of(server, 2, period=1, tokens_per_minute=100) as (limits, other):
+
+        async def less() -> None:
+            while not stop.is_set():
+                await other.acquire(6)  # as one text
+
+        await other.acquire(100)
+        rival = asyncio.create_task(less())
+        routes = [Route("counting", EmbeddingBatches(Counting()))]
+        texts = [{"model": "m", "input": f"a text about {n:2}"} for n in range(8)]  # of 6 tokens each
+        began = time.monotonic()
+        asking = (ask(routes, "embeddings", body, settings, limits=limits) for body in texts)
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        answered = sum(isinstance(one, Answered) for one in found)
+        print(f"{answered} of {len(texts)}, {time.monotonic() - began:.2f} s")
+        stop.set()  # a cancellation may be lost in a write to Redis (Python 3.11's wait_for)
+        await asyncio.wait_for(rival, 20)
+        assert answered == len(texts)
+
+
+async def test_closing_leaves_nobody_waiting_for_admission(server: Server) -> None:
+    async with pool_of(server, 1, requests_per_minute=1) as (limits,):
+        await limits.acquire(1)
+        batches = EmbeddingBatches(Counting())
+        tasks = [asyncio.create_task(batches.admit(call(text), 1, limits.acquire_together)) for text in "ab"]
+        await faults_support.until(limits._turn.locked, "they are at the full window")
+        await batches.close()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(one) for one in found] == [asyncio.CancelledError] * 2
+        assert not limits._turn.locked()
 
 
 async def test_a_limit_of_requests_counts_calls_and_not_texts(pond: Pond) -> None:

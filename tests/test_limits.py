@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from shared.errors import Unavailable
-from shared.providers.limits import RateLimits, estimate_tokens
+from shared.providers.limits import Place, RateLimits, estimate_tokens
 from shared.settings import load
 from tests.conftest import Server
 from tests.faults_support import until
@@ -81,6 +81,43 @@ async def test_a_cancelled_waiter_leaves_the_queue_to_the_next(server: Server) -
         waiting.cancel()
         await behind
         assert waiting.cancelled()
+
+
+def places(*tokens: int) -> list[Place]:
+    return [Place(count) for count in tokens]
+
+
+async def test_those_for_whom_there_are_tokens_go_together_for_one_request(server: Server) -> None:
+    async with pool_of(server, 2, requests_per_minute=2, tokens_per_minute=100) as (one, other):
+        group = places(30, 30, 5000, 10)
+        task = asyncio.create_task(one.acquire_together(group))
+        await until(lambda: group[1].admitted.done(), "two are admitted")
+        assert [place.admitted.done() for place in group] == [True, True, False, False]
+        await admitted(other, 40)  # the second request: nothing was taken for those who wait
+        task.cancel()
+        assert await asyncio.gather(task, return_exceptions=True)
+        assert not one._turn.locked()
+
+
+async def test_all_of_a_group_go_for_one_request(server: Server) -> None:
+    async with pool_of(server, 1, requests_per_minute=2, tokens_per_minute=100) as (worker,):
+        await worker.acquire_together(group := places(*[1] * 60))
+        assert all(place.admitted.done() for place in group)
+        await admitted(worker, 40)
+        assert await is_full(worker)
+
+
+async def test_who_gives_up_at_a_full_window_leaves_the_turn_to_the_next_of_its_group(server: Server) -> None:
+    async with pool_of(server, 1, tokens_per_minute=100) as (worker,):
+        await admitted(worker, 50)
+        dear, cheap, also_gone = group = places(80, 20, 10)
+        task = asyncio.create_task(worker.acquire_together(group))
+        await until(worker._turn.locked, "the dear one is at the full window")
+        also_gone.admitted.cancel()
+        dear.admitted.cancel()
+        await asyncio.wait_for(task, 20)
+        assert cheap.admitted.result() is None
+        await admitted(worker, 30)
 
 
 async def test_without_a_limit_nothing_is_contacted() -> None:

@@ -3,8 +3,9 @@
 Only requests whose `input` is a single text, and which are otherwise alike, are put together; each gets its own vector
 (float32, little-endian) and its share of the tokens. A list goes out, and its answer comes back, as it is.
 
-Rate limits count calls of the provider: texts that are to go out together are admitted together, as one. A batch
-that is refused for one of its texts is the exception: what is then sent text by text was admitted once.
+Rate limits count calls of the provider: texts that are admitted together count as one request. Tokens are counted text
+by text, and those for which there are tokens go out without waiting for the others. A batch that is refused for one of
+its texts is the exception: what is then sent text by text was counted once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import orjson
 
 from shared.errors import ProviderError
 from shared.providers.base import Call, Completion, Provider
+from shared.providers.limits import Place
 
 #: Seconds for which a first text waits for others; the most texts of a call.
 WINDOW = 0.003
@@ -32,16 +34,6 @@ class _Waiting:
     future: asyncio.Future[Completion]
 
 
-@dataclass(slots=True)
-class _Admission:
-    """Texts that are admitted as one call."""
-
-    texts: int = 0
-    tokens: int = 0
-    waiting: int = 0
-    task: asyncio.Task[None] | None = None
-
-
 class EmbeddingBatches:
     """A provider, with its embeddings of single texts put together; everything else passes through."""
 
@@ -50,7 +42,7 @@ class EmbeddingBatches:
         self._provider = provider
         self._most = most
         self._open: dict[bytes, list[_Waiting]] = {}
-        self._admitting: dict[bytes, _Admission] = {}
+        self._admitting: dict[bytes, list[Place]] = {}
         self._sending: set[asyncio.Task[None]] = set()
 
     async def complete(self, call: Call) -> Completion:
@@ -73,45 +65,47 @@ class EmbeddingBatches:
             del self._open[alike]
         return await mine.future
 
-    async def admit(
-        self, call: Call, tokens: int, acquire: Callable[[int], Awaitable[None]], *, most_tokens: int | None = None
-    ) -> None:
-        """Return once `call` may be made: `acquire`, told the tokens, is awaited once for texts that go out together.
+    async def admit(self, call: Call, tokens: int, acquire: Callable[[Sequence[Place]], Awaitable[None]]) -> None:
+        """Return once `call`, of about `tokens` tokens, may be made; cancelling it leaves the others alone.
 
-        They have `most_tokens` at most: what a window does not hold is not counted. Cancelling one leaves the others.
+        `acquire` is awaited once for the texts of one moment, which may go out together (at most `most`). It admits
+        each of their places, not necessarily all at once, and has nothing left to do when all are given up.
 
         Raises:
-            Exception: what `acquire` raised, to all of them.
+            Exception: what `acquire` raised, to all that it had not admitted.
         """
         if (alike := _alike(call)) is None:
-            return await acquire(tokens)
-        group = self._admitting.get(alike)
-        if group is None or (most_tokens is not None and group.tokens + tokens > most_tokens):
-            group = self._admitting[alike] = _Admission()
-            group.task = asyncio.create_task(self._acquire(alike, group, acquire))
-            self._sending.add(group.task)
-            group.task.add_done_callback(self._sending.discard)
-        group.texts, group.tokens, group.waiting = group.texts + 1, group.tokens + tokens, group.waiting + 1
-        if group.texts >= self._most:
-            self._close(alike, group)
-        assert group.task is not None  # noqa: S101 (set where it is made)
-        try:
-            await asyncio.shield(group.task)
-        finally:
-            group.waiting -= 1
-            if not group.waiting:
-                self._close(alike, group)  # at once: nobody may join what is being cancelled
-                group.task.cancel()
+            return await acquire([Place(tokens)])
+        places = self._admitting.get(alike)
+        if places is None:
+            places = self._admitting[alike] = []
+            task = asyncio.create_task(self._acquire(alike, places, acquire))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+        mine = Place(tokens)
+        places.append(mine)
+        if len(places) >= self._most:
+            del self._admitting[alike]
+        await mine.admitted
 
-    async def _acquire(self, alike: bytes, group: _Admission, acquire: Callable[[int], Awaitable[None]]) -> None:
+    async def _acquire(
+        self, alike: bytes, places: list[Place], acquire: Callable[[Sequence[Place]], Awaitable[None]]
+    ) -> None:
         try:
             await asyncio.sleep(WINDOW)
+            self._close(alike, places)
+            await acquire(places)
+        except Exception as error:
+            for place in places:
+                if not place.admitted.done():
+                    place.admitted.set_exception(error)
         finally:
-            self._close(alike, group)
-        await acquire(group.tokens)
+            self._close(alike, places)
+            for place in places:
+                place.admitted.cancel()
 
-    def _close(self, alike: bytes, group: _Admission) -> None:
-        if self._admitting.get(alike) is group:
+    def _close(self, alike: bytes, places: list[Place]) -> None:
+        if self._admitting.get(alike) is places:
             del self._admitting[alike]
 
     async def close(self) -> None:

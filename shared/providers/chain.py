@@ -19,7 +19,7 @@ from shared.providers import make_provider
 from shared.providers.base import Call, Completion, Provider
 from shared.providers.batching import EmbeddingBatches
 from shared.providers.breaker import Breaker, CircuitOpen
-from shared.providers.limits import RateLimits, estimate_tokens
+from shared.providers.limits import Place, RateLimits, estimate_tokens
 from shared.providers.resolver import ResolverProvider
 from shared.providers.retry import with_retries, within
 from shared.settings import Settings
@@ -189,15 +189,15 @@ class _Asking:
             await self.breaker.look(self._circuit)
         tokens, provider = estimate_tokens(self.call.body, self.call.endpoint), self.route.provider
         if isinstance(provider, EmbeddingBatches):
-            await provider.admit(self.call, tokens, self._acquire, most_tokens=self.limits.tokens)
+            await provider.admit(self.call, tokens, self._acquire)
         else:
-            await self._acquire(tokens)
+            await self._acquire([Place(tokens)])
 
-    async def _acquire(self, tokens: int) -> None:
+    async def _acquire(self, places: Sequence[Place]) -> None:
         assert self.limits is not None  # noqa: S101 (asked for only then)
         while True:
             try:
-                return await self.limits.acquire(tokens)
+                return await self.limits.acquire_together(places)
             except Unavailable:
                 await asyncio.sleep(0.2)
 

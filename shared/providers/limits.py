@@ -7,8 +7,12 @@ the rate, each with a TTL of two windows. Without a configured limit nothing is 
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 import random
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -43,6 +47,15 @@ def estimate_tokens(body: dict[str, Any], endpoint: str) -> int:
     return max(prompt + most * choices, 1)
 
 
+@dataclass(slots=True, eq=False)
+class Place:
+    """Somebody's place in the queue, with about the tokens of its call."""
+
+    tokens: int
+    #: done once it may call; cancelled once nobody waits for it
+    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
 class RateLimits:
     """The pool's limits, as one worker process sees them.
 
@@ -53,8 +66,7 @@ class RateLimits:
 
     def __init__(self, settings: Settings, url: str, *, period: int = 60) -> None:
         self._requests = settings.requests_per_minute
-        #: tokens per window, if they are limited
-        self.tokens = settings.tokens_per_minute
+        self._tokens = settings.tokens_per_minute
         self._url = url
         self._period = period
         self._turn = asyncio.Lock()
@@ -65,7 +77,7 @@ class RateLimits:
     @property
     def active(self) -> bool:
         """Whether any limit is configured."""
-        return self._requests is not None or self.tokens is not None
+        return self._requests is not None or self._tokens is not None
 
     async def acquire(self, tokens: int) -> None:
         """Return once one call of about `tokens` tokens may be made; at once when no limit is configured.
@@ -73,11 +85,22 @@ class RateLimits:
         Raises:
             Unavailable: Redis could not be reached.
         """
-        if not self.active:
-            return
+        await self.acquire_together([Place(tokens)])
+
+    async def acquire_together(self, places: Sequence[Place]) -> None:
+        """Admit `places`, whose calls may go out as one, in one turn; return once none of them waits.
+
+        The first waits for a request and its own tokens; those for whose tokens there is room at that moment are
+        admitted with it, for the same request. The rest follow in the same way. Tokens are never saved up for a whole
+        group: callers elsewhere who ask for less would take each as it frees.
+
+        Raises:
+            Unavailable: Redis could not be reached; who was not admitted still waits.
+        """
         try:
             async with self._turn:
-                await self._pass_all(tokens)
+                while waiting := [place for place in places if not place.admitted.done()]:
+                    await self._pass_all(waiting[0], waiting[1:])
         except (RedisError, OSError) as error:
             raise Unavailable(
                 f"the rate limits could not be read from Redis: {error}; check that it runs (`millpond doctor`)"
@@ -89,14 +112,37 @@ class RateLimits:
         if pool is not None:
             await pool.aclose()
 
-    async def _pass_all(self, tokens: int) -> None:
-        limiter = self._open()
+    async def _pass_all(self, first: Place, others: Sequence[Place]) -> None:
+        along = len(others)
+        if self.active:
+            limiter = self._open()
+            for window in self._windows:
+                while not await limiter.hit(window, cost=_cost(window, first)):
+                    stats = await limiter.get_window_stats(window)
+                    pause = min(max(stats.reset_time - time.time(), _SHORTEST_PAUSE), _LONGEST_PAUSE)
+                    await asyncio.wait([first.admitted], timeout=pause * random.uniform(1.0, 1.25))
+                    if first.admitted.done():  # given up: the next is not kept waiting for its tokens
+                        return
+            others = [place for place in others if not place.admitted.done()]
+            along = await self._along(others)
+        for place in (first, *others[:along]):
+            if not place.admitted.done():
+                place.admitted.set_result(None)
+
+    async def _along(self, others: Sequence[Place]) -> int:
+        """Take the tokens of as many of `others`, in order, as there is room for now; return how many."""
+        limiter, most = self._open(), len(others)
         for window in self._windows:
-            cost = min(tokens, window.amount) if window.namespace == "tokens" else 1
-            while not await limiter.hit(window, cost=cost):
-                stats = await limiter.get_window_stats(window)
-                pause = min(max(stats.reset_time - time.time(), _SHORTEST_PAUSE), _LONGEST_PAUSE)
-                await asyncio.sleep(pause * random.uniform(1.0, 1.25))
+            if window.namespace != "tokens":
+                continue
+            while most:
+                room = (await limiter.get_window_stats(window)).remaining
+                costs = list(itertools.accumulate(_cost(window, place) for place in others[:most]))
+                most = bisect.bisect_right(costs, room)
+                if most and await limiter.hit(window, cost=costs[most - 1]):
+                    break
+                most //= 2  # somebody was faster
+        return most
 
     def _open(self) -> SlidingWindowCounterRateLimiter:
         if self._limiter is None:
@@ -104,7 +150,7 @@ class RateLimits:
             from limits.aio.storage import RedisStorage
             from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-            amounts = {"tokens": self.tokens, "requests": self._requests}
+            amounts = {"tokens": self._tokens, "requests": self._requests}
             self._windows = [
                 RateLimitItemPerSecond(amount, self._period, namespace)
                 for namespace, amount in amounts.items()
@@ -116,3 +162,7 @@ class RateLimits:
             storage = RedisStorage("async+redis://", implementation="redispy", key_prefix=keys.LIMIT_PREFIX, **options)
             self._limiter = SlidingWindowCounterRateLimiter(storage)
         return self._limiter
+
+
+def _cost(window: RateLimitItem, place: Place) -> int:
+    return min(place.tokens, window.amount) if window.namespace == "tokens" else 1
