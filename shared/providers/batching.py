@@ -110,9 +110,10 @@ class EmbeddingBatches:
 
     async def close(self) -> None:
         """Give up what is under way, and the provider."""
-        for task in (sending := list(self._sending)):
-            task.cancel()
-        await asyncio.gather(*sending, return_exceptions=True)
+        while sending := [task for task in self._sending if not task.done()]:
+            for task in sending:
+                task.cancel()
+            await asyncio.wait(sending, timeout=1.0)  # again: Python 3.11's wait_for may lose a cancellation
         await self._provider.close()
 
     async def _gather(self, alike: bytes, waiting: list[_Waiting]) -> None:
