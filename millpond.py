@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,13 @@ def main() -> None:
         if raises:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _run(app)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # What was half made (a coroutine not begun, a loop without its parts) says nothing of it.
+        warnings.simplefilter("ignore")
+        sys.unraisablehook = lambda _: None
         sys.exit(_INTERRUPTED)
 
 
